@@ -1,0 +1,15 @@
+"""sage-reconcile: edit ``engines.yaml``, and the inference engines on this machine follow.
+
+The way of the data, in the order in which to read it::
+
+    host/documents.py  engines.yaml -> plain data with the place of each value
+    core/resolve.py    -> Desired: every engine, defaults applied, every fault named
+    host/local.py      the machine -> Observed: GPUs, what we started, what the kernel says of it
+    core/planner.py    Desired + Observed + now -> Plan: what to stop and start, where, in which order, why
+    core/check.py      an independent judge of plans
+    reconcile.py       one pass of all this, and the carrying out       (start reading here)
+    daemon.py          when a pass is due
+    cli/               the commands
+"""
+
+__version__ = "0.1.0"

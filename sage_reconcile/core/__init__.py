@@ -1,0 +1,1 @@
+"""What decides and touches nothing: no clock, no I/O, no logging; ``now`` is an argument."""

@@ -1,0 +1,78 @@
+"""The command line and the environment of an engine. The only room that knows vLLM's flags."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from sage_reconcile.core.memory import utilization
+from sage_reconcile.core.observed import Gpu
+from sage_reconcile.core.spec import EngineSpec
+
+DRAIN_MARGIN_S = 5
+"""vLLM is given this much less time to drain than we wait before SIGKILL, so that it ends by itself."""
+SCRUBBED = (
+    *("VLLM_PORT", "VLLM_HOST_IP", "HOST_IP"),
+    *("SAGE_RECONCILE_FILE", "SAGE_RECONCILE_STATE_DIR", "STATE_DIRECTORY"),
+    *("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID"),
+)
+"""Inherited variables that would mislead an engine: vLLM takes VLLM_PORT for a base of its inner ports."""
+
+
+def command_line(
+    spec: EngineSpec, engine_name: str, *, python: str, bind: str, port: int, gpus: Sequence[Gpu], memory_mib: int
+) -> tuple[str, ...]:
+    """The exact words with which a replica is started.
+
+    ``python`` is used where the entry names none. Of several GPUs the smallest decides the utilisation.
+    """
+    if spec.runtime == "command":
+        fields = {"model": spec.model or "", "host": bind, "port": str(port), "name": engine_name}
+        return tuple(word.format(**fields) for word in spec.command or ())
+    module = "vllm.entrypoints.openai.api_server" if spec.runtime == "vllm" else "sage_reconcile.simulator"
+    words = [spec.python or python, "-m", module, "--model", spec.model or "", "--host", bind, "--port", str(port)]
+    words += ["--served-model-name", *spec.served_model_name]
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if getattr(spec, name) > 1:
+            words += [f"--{name.replace('_', '-')}", str(getattr(spec, name))]
+    if gpus:
+        share = min(utilization(spec, memory_mib, gpu) for gpu in gpus)
+        words += ["--gpu-memory-utilization", f"{share:.6f}".rstrip("0").rstrip(".")]
+    words += ["--shutdown-timeout", str(max(0, math.floor(spec.stop_timeout) - DRAIN_MARGIN_S))]
+    for flag, value in spec.args.items():
+        words += _flag(flag, value)
+    return tuple(words)
+
+
+def _flag(flag: str, value: object) -> Iterator[str]:
+    """``true`` is ``--flag``, ``false`` ``--no-flag``, a list several words, a map JSON; nothing is nothing."""
+    match value:
+        case None:
+            return
+        case True:
+            yield f"--{flag}"
+        case False:
+            yield f"--no-{flag}"
+        case list() | tuple():
+            yield f"--{flag}"
+            yield from (item if isinstance(item, str) else json.dumps(item) for item in value)
+        case Mapping():
+            yield from (f"--{flag}", json.dumps(value))
+        case str() if value.startswith("-"):
+            yield f"--{flag}={value}"  # as a word of its own it would be taken for a flag
+        case _:
+            yield from (f"--{flag}", str(value))
+
+
+def environment(inherited: Mapping[str, str], overlay: Mapping[str, str], gpus: Sequence[Gpu]) -> dict[str, str]:
+    """The environment of an engine: what is inherited, then its own, then what makes it see its GPUs only.
+
+    GPUs are named by UUID, since NVML and CUDA may count them differently. ``SPT_NOENV`` keeps vLLM's
+    processes from overwriting the environment by which we recognise them.
+    """
+    result = {key: value for key, value in inherited.items() if key not in SCRUBBED} | dict(overlay)
+    result["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    result["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.uuid for gpu in gpus)
+    result["SPT_NOENV"] = "1"
+    return result

@@ -1,0 +1,94 @@
+"""How a running replica differs from its entry, field by field, and which differences replace it."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from sage_reconcile.core.observed import Gpu, Launch
+from sage_reconcile.core.resolve import HIDDEN, secret_marks
+from sage_reconcile.core.spec import EFFECTS, Desired, Effect, Engine, EngineSpec
+from sage_reconcile.core.units import mib_text
+
+_DEFAULTS = EngineSpec.model_construct().model_dump(mode="json")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A field that differs: what the replica runs with, and what its entry says now."""
+
+    field: str
+    old: str
+    new: str
+
+
+def changes(desired: Desired, engine: Engine, launch: Launch, gpus: Sequence[Gpu]) -> tuple[Change, ...]:
+    """The differences for which this replica must be replaced; none where it may run on."""
+    found: list[Change] = []
+    if engine.record != launch.spec:
+        for name, effect in EFFECTS.items():
+            if effect is Effect.RESTART:
+                found += _field_changes(name, engine.record[name], launch.spec.get(name, _DEFAULTS[name]))
+    found += _secret_changes(engine, launch, {change.field for change in found})
+    found += _placement_changes(engine, launch, gpus)
+    if desired.host.bind != launch.bind:
+        found.append(Change("host.bind", launch.bind, desired.host.bind))
+    return tuple(found)
+
+
+def _field_changes(name: str, new: object, old: object) -> Iterator[Change]:
+    if new == old:
+        return
+    if isinstance(new, Mapping) and isinstance(old, Mapping):
+        for key in (*new, *(key for key in old if key not in new)):
+            if new.get(key) != old.get(key) or (key in new) != (key in old):
+                yield Change(
+                    f"{name}.{key}",
+                    _text(old.get(key)) if key in old else "",
+                    _text(new.get(key)) if key in new else "",
+                )
+    else:
+        yield Change(name, _text(old), _text(new))
+
+
+def _secret_changes(engine: Engine, launch: Launch, known: set[str]) -> Iterator[Change]:
+    if not engine.secrets and not launch.secret_marks:
+        return
+    marks = secret_marks(engine.secrets, launch.id)
+    for path in (*marks, *(path for path in launch.secret_marks if path not in marks)):
+        new, old = marks.get(path), launch.secret_marks.get(path)
+        if path in known or (new and old and hmac.compare_digest(new, old)):
+            continue
+        if path.startswith("env_file.") or (new and old):
+            yield Change(
+                path,
+                HIDDEN if old else "",
+                f"{HIDDEN}, another value" if new and old else HIDDEN if new else "",
+            )
+
+
+def _placement_changes(engine: Engine, launch: Launch, gpus: Sequence[Gpu]) -> Iterator[Change]:
+    if engine.spec.gpus != "auto":
+        indexes = {gpu.uuid: gpu.index for gpu in gpus}
+        pins = set(engine.spec.gpus)
+        if any(uuid not in pins and indexes.get(uuid, -1) not in pins for uuid in launch.gpus):
+            runs_on = [indexes.get(uuid, uuid) for uuid in launch.gpus]
+            yield Change("gpus", _text(runs_on), _text(list(engine.spec.gpus)))
+    if engine.spec.port != "auto" and engine.spec.port + launch.index != launch.port:
+        yield Change("port", str(launch.port), str(engine.spec.port + launch.index))
+
+
+def _text(value: object) -> str:
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return str(value).lower()
+        case list() | tuple():
+            return "[" + ", ".join(_text(item) for item in value) + "]"
+        case Mapping():
+            return "{" + ", ".join(f"{key}: {_text(item)}" for key, item in value.items()) + "}"
+        case str() if value.endswith("MiB") and value[:-3].isdecimal():
+            return mib_text(int(value[:-3]))
+    return str(value)

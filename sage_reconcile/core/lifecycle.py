@@ -1,0 +1,103 @@
+"""What phase a replica is in, and when a failed one is tried again."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from sage_reconcile.core.observed import Launch, Life
+
+BACKOFF_FIRST_S = 10.0
+BACKOFF_LIMIT_S = 300.0
+STEADY_S = 600.0
+"""A replica that was ready this long has shown that it works: its failures are forgotten."""
+LOADING_GRACE_S = 5.0
+"""vLLM loses a SIGTERM that comes while it loads, so a replica that is not ready gets no longer than this."""
+
+
+class StopCause(StrEnum):
+    """Why a replica was told to stop."""
+
+    REMOVED = "no longer wanted"
+    CHANGED = "its entry changed"
+    STARTUP_TIMEOUT = "not ready in time"
+    ENDED = "its leader ended"
+
+
+class Phase(StrEnum):
+    """Where a replica is between wanted and serving."""
+
+    PENDING = "Pending"
+    STARTING = "Starting"
+    READY = "Ready"
+    DEGRADED = "Degraded"
+    STOPPING = "Stopping"
+    BACKOFF = "BackOff"
+    UNKNOWN = "Unknown"
+
+
+def phase(launch: Launch | None, *, wanted: bool, now: float) -> Phase | None:
+    """The phase of a replica from its latest launch; None where there is nothing to show."""
+    if launch is None:
+        return Phase.PENDING if wanted else None
+    match launch.life:
+        case Life.INTENT:
+            return Phase.STARTING
+        case Life.UNPROVEN:
+            return Phase.UNKNOWN
+        case Life.LEFTOVER:
+            return Phase.STOPPING
+        case Life.EXITED:
+            if not wanted:
+                return None
+            return Phase.BACKOFF if failed(launch) and next_try(launch, now) > now else Phase.PENDING
+        case Life.ALIVE:
+            pass
+    if launch.stopping_since is not None:
+        return Phase.STOPPING
+    if launch.ready:
+        return Phase.READY
+    return Phase.STARTING if launch.ready_at is None else Phase.DEGRADED
+
+
+def failed(launch: Launch) -> bool:
+    """Whether a launch that has ended failed. Any end that nobody asked for is a failure, exit 0 included."""
+    return launch.stop_cause in ("", StopCause.STARTUP_TIMEOUT)
+
+
+def failures(launch: Launch) -> int:
+    """Failed launches in a row, this one included where it failed."""
+    if not failed(launch):
+        return 0
+    ended = launch.exit.at if launch.exit and launch.exit.at is not None else launch.created_at
+    steady = launch.ready_at is not None and ended - launch.ready_at >= STEADY_S
+    return (0 if steady else launch.failures) + 1
+
+
+def delay_s(count: int, *, was_ready: bool) -> float:
+    """Seconds to wait before the next try after ``count`` failures in a row.
+
+    A replica that had been ready is tried again at once the first time; after that, as after a start that
+    failed, 10 s doubling to 300 s.
+    """
+    doublings = count - (2 if was_ready else 1)
+    return 0.0 if doublings < 0 else min(BACKOFF_FIRST_S * 2.0 ** min(doublings, 10), BACKOFF_LIMIT_S)
+
+
+def next_try(launch: Launch, now: float) -> float:
+    """When a replica whose last launch failed may be started again; of one that has not ended yet, at the earliest.
+
+    A clock that was set back puts the end into the future: where it is further off than the delay itself, the
+    next try is now, not in years.
+    """
+    delay = delay_s(failures(launch), was_ready=launch.ready_at is not None)
+    if launch.exit and launch.exit.at is not None:
+        ended = launch.exit.at
+    else:
+        ended = launch.created_at if launch.life is Life.EXITED else now
+    return now if ended > now + delay else ended + delay
+
+
+def stop_deadline(launch: Launch, stop_timeout: float) -> float:
+    """When a replica that was told to stop is killed: little grace while it loads, else its full time."""
+    since = launch.stopping_since if launch.stopping_since is not None else launch.created_at
+    return since + (stop_timeout if launch.ready_at is not None else min(stop_timeout, LOADING_GRACE_S))

@@ -1,0 +1,160 @@
+"""How much GPU memory an engine takes, and how much a GPU has left."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from sage_reconcile.core.observed import Gpu, Launch, ModelFacts, Observed
+from sage_reconcile.core.spec import EngineSpec
+
+BYTES_PER_PARAMETER = 2
+"""bfloat16, what vLLM serves by default."""
+_MARGIN = 1.2
+_BASE_MIB = 2048
+_OUTSIDE_ONE_RANK_MIB = 614
+_OUTSIDE_MANY_RANKS_MIB = 1638
+_MIB = 1 << 20
+_NAMED_SIZE = re.compile(r"(?<![A-Za-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", re.IGNORECASE)
+
+
+def parameters_from_name(model: str) -> int | None:
+    """Parameters as model names tell them: ``Llama-3.1-8B`` is 8e9, ``8x7B`` 56e9; None where they don't."""
+    match = _NAMED_SIZE.search(model.rstrip("/").rsplit("/", 1)[-1])
+    if match is None:
+        return None
+    scale = 1e9 if match[3].lower() == "b" else 1e6
+    return round(int(match[1] or 1) * float(match[2]) * scale)
+
+
+def parameters_from_config(config: Mapping[str, object]) -> int | None:
+    """Parameters of a decoder-only transformer from its ``config.json``; None where a needed field is missing.
+
+    Embedding and head (one where they are tied), attention with grouped heads, gated feed-forward,
+    experts where there are any; norms are too small to count.
+    """
+
+    def number(name: str) -> int:
+        value = config.get(name)
+        return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+    hidden, layers, vocabulary = number("hidden_size"), number("num_hidden_layers"), number("vocab_size")
+    heads = number("num_attention_heads")
+    if not (hidden and layers and vocabulary and heads):
+        return None
+    head = number("head_dim") or hidden // heads
+    attention = 2 * hidden * head * (heads + (number("num_key_value_heads") or heads))
+    experts = number("num_local_experts") or number("num_experts") or number("n_routed_experts")
+    width = (
+        number("moe_intermediate_size") if experts and number("moe_intermediate_size") else number("intermediate_size")
+    )
+    feed_forward = 3 * hidden * width * max(1, experts)
+    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return layers * (attention + feed_forward) + embeddings
+
+
+def automatic_mib(spec: EngineSpec, facts: ModelFacts | None) -> int | None:
+    """MiB per GPU for ``memory: auto``; None where nothing tells the model's size.
+
+    The field's plain rule: two bytes a parameter, times 1.2 for what comes with the weights, divided over
+    the tensor and pipeline ranks, plus 2 GiB on each GPU.
+    """
+    parameters = facts.parameters if facts and facts.parameters else parameters_from_name(spec.model or "")
+    if parameters is None:
+        return None
+    weights = parameters * BYTES_PER_PARAMETER / _MIB
+    return math.ceil(weights * _MARGIN / (spec.tensor_parallel_size * spec.pipeline_parallel_size)) + _BASE_MIB
+
+
+def promised_mib(spec: EngineSpec, gpu: Gpu, facts: ModelFacts | None) -> int | None:
+    """MiB that a replica of this engine is promised on this GPU; None where ``auto`` cannot be worked out."""
+    match spec.memory.kind:
+        case "mib":
+            return int(spec.memory.amount)
+        case "percent":
+            return int(gpu.memory_total_mib * spec.memory.amount / 100)
+        case "auto":
+            return automatic_mib(spec, facts)
+
+
+def utilization(spec: EngineSpec, memory_mib: int, gpu: Gpu) -> float:
+    """vLLM's ``--gpu-memory-utilization`` for a promise, so that all of the engine fits inside it.
+
+    vLLM takes this share of the GPU for weights, activations and KV cache; the CUDA context and NCCL come
+    on top (measured on H100: 0.51 GiB with one rank, up to 1.55 GiB with several), so they are taken off
+    first. Rounded down to six decimals. The simulator has no context.
+    """
+    outside = 0
+    if spec.runtime == "vllm":
+        ranks = spec.tensor_parallel_size * spec.pipeline_parallel_size
+        outside = _OUTSIDE_MANY_RANKS_MIB if ranks > 1 else _OUTSIDE_ONE_RANK_MIB
+    share = max(0, memory_mib - outside) / (gpu.cuda_total_mib or gpu.memory_total_mib)
+    return math.floor(min(share, 1.0) * 1e6) / 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """What a GPU's memory is taken by, in MiB. ``ours`` is by replica; ``unmanaged_mib`` is strangers'."""
+
+    total_mib: int
+    kept_back_mib: int
+    ours: tuple[tuple[str, int], ...]
+    unmanaged_mib: int
+
+    @property
+    def promised_mib(self) -> int:
+        """What our replicas take: for each the larger of promised and held."""
+        return sum(mib for _, mib in self.ours)
+
+    @property
+    def free_mib(self) -> int:
+        """What can still be promised; never below zero."""
+        return max(0, self.total_mib - self.kept_back_mib - self.promised_mib - self.unmanaged_mib)
+
+
+def launches_by_gpu(observed: Observed) -> Mapping[str, list[Launch]]:
+    """The launches on each GPU, by its UUID, in a fixed order: those placed there, and those NVML shows there."""
+    on: dict[str, dict[str, Launch]] = {gpu.uuid: {} for gpu in observed.gpus}
+    by_id = {launch.id: launch for launch in observed.launches if launch.holds}
+    for launch in by_id.values():
+        for uuid in launch.gpus:
+            if uuid in on:
+                on[uuid][launch.id] = launch
+    for gpu in observed.gpus:
+        for process in gpu.processes:
+            if process.launch in by_id:
+                on[gpu.uuid][process.launch] = by_id[process.launch]
+    return {
+        uuid: sorted(launches.values(), key=lambda x: (x.engine_name, x.index, x.created_at, x.id))
+        for uuid, launches in on.items()
+    }
+
+
+def occupancy(
+    gpu: Gpu, launches: Iterable[Launch], headroom_mib: int, *, leaving: frozenset[str] = frozenset()
+) -> Occupancy:
+    """Who has what of a GPU, given the launches on it, as if those in ``leaving`` (ids) had gone already.
+
+    A launch counts with max(promised, held). What NVML shows as used and does not name as held by one of
+    ours is unmanaged; for a process of ours whose memory NVML does not tell, its promise is assumed.
+    """
+    held: dict[str, int] = {}
+    untold: set[str] = set()
+    for process in gpu.processes:
+        if process.launch is None:
+            continue
+        held[process.launch] = held.get(process.launch, 0) + (process.memory_mib or 0)
+        if process.memory_mib is None:
+            untold.add(process.launch)
+    ours: list[tuple[str, int]] = []
+    known = 0
+    for launch in launches:
+        promised = launch.memory_mib if gpu.uuid in launch.gpus else 0
+        mine = held.get(launch.id, 0)
+        known += max(mine, promised) if launch.id in untold else mine
+        if launch.id not in leaving:
+            ours.append((launch.replica, max(promised, mine)))
+    unmanaged = max(0, gpu.memory_used_mib - known)
+    return Occupancy(gpu.memory_total_mib, gpu.memory_reserved_mib + headroom_mib, tuple(ours), unmanaged)

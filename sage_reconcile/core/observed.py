@@ -1,0 +1,156 @@
+"""What one look at the machine records. Plain data: no clock, no I/O.
+
+A value that could not be read is ``None`` and is treated as not available, never as zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProcess:
+    """A process holding memory on a GPU, as NVML lists it.
+
+    ``launch`` is the id of our launch it was proven to belong to; None means unmanaged.
+    ``memory_mib`` is None where the driver does not say (no permission, an old driver).
+    """
+
+    pid: int
+    memory_mib: int | None
+    user: str = ""
+    command: str = ""
+    launch: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU (or one MIG device) and what is on it, in MiB.
+
+    ``memory_used_mib`` is what all processes hold, without the driver's own reserve.
+    ``problem`` says why nothing new may be placed here; empty means usable.
+    ``cuda_total_mib`` is the total that CUDA reports (a little below NVML's) where it is known.
+    """
+
+    uuid: str
+    index: int
+    name: str
+    pci_id: str
+    memory_total_mib: int
+    memory_reserved_mib: int = 0
+    memory_used_mib: int = 0
+    processes: tuple[GpuProcess, ...] = ()
+    simulated: bool = False
+    problem: str = ""
+    utilization_percent: int | None = None
+    temperature_c: int | None = None
+    power_w: float | None = None
+    compute_capability: str | None = None
+    cuda_total_mib: int | None = None
+    numa_node: int | None = None
+
+
+class Life(StrEnum):
+    """What the kernel says about a launch of ours."""
+
+    INTENT = "intent"
+    """Recorded, and the process may be about to exist: neither proven alive nor proven absent."""
+    ALIVE = "alive"
+    """Its leader runs, and is proven to be ours."""
+    LEFTOVER = "leftover"
+    """Its leader has ended, but processes of its session still run."""
+    EXITED = "exited"
+    """Nothing of it runs, and its GPU memory is back."""
+    UNPROVEN = "unproven"
+    """Something runs in its place that cannot be proven ours: left alone, its memory counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a leader ended. ``code`` is as shells give it (128 + signal); None means unknown."""
+
+    code: int | None
+    at: float | None
+
+    def text(self) -> str:
+        """``exit 1``, ``killed by signal 9`` or ``exit status unknown``."""
+        if self.code is None:
+            return "exit status unknown"
+        if self.code > 128:
+            return f"killed by signal {self.code - 128}"
+        return f"exit {self.code}"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One start of a replica: its durable record, joined with what the kernel says now.
+
+    Times are seconds since the epoch. ``spec`` is the full resolved entry it was started from,
+    secrets replaced by their ``${NAME}``; ``secret_marks`` are keyed digests by field path.
+    ``failures`` counts the failed starts in a row up to and including this one; ``restarts``
+    counts how often the replica was started again since its entry last changed.
+    """
+
+    id: str
+    engine_name: str
+    index: int
+    spec: Mapping[str, object]
+    secret_marks: Mapping[str, str]
+    gpus: tuple[str, ...]
+    memory_mib: int
+    port: int
+    bind: str
+    life: Life
+    created_at: float
+    pid: int | None = None
+    ready: bool = False
+    ready_at: float | None = None
+    stopping_since: float | None = None
+    stop_cause: str = ""
+    exit: Exit | None = None
+    restarts: int = 0
+    failures: int = 0
+    log_path: str = ""
+    stage: str = ""
+
+    @property
+    def replica(self) -> str:
+        """``chat/0``: the name of the replica this is a launch of."""
+        return f"{self.engine_name}/{self.index}"
+
+    @property
+    def holds(self) -> bool:
+        """Whether its GPUs, memory and port still count as taken."""
+        return self.life is not Life.EXITED
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A TCP port in use by a process that is not ours."""
+
+    number: int
+    holder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What could be read of a model without loading it."""
+
+    parameters: int | None
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """The machine at one moment."""
+
+    gpus: tuple[Gpu, ...] = ()
+    launches: tuple[Launch, ...] = ()
+    ports: tuple[Port, ...] = ()
+    models: Mapping[str, ModelFacts] = field(default_factory=dict)
+    gpu_note: str = ""
+    """Why there are no GPUs, where that is known (no driver, no permission …)."""
+    problems: tuple[str, ...] = ()
+    """What could not be read, a sentence each."""

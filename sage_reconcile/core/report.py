@@ -1,0 +1,224 @@
+"""Plan and status as data for JSON; ``schemas/plan.schema.json`` and ``schemas/status.schema.json`` describe them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from sage_reconcile.core.lifecycle import Phase, next_try, phase
+from sage_reconcile.core.memory import launches_by_gpu, occupancy
+from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
+from sage_reconcile.core.plan import Action, Plan
+from sage_reconcile.core.plan_text import summary
+from sage_reconcile.core.spec import Desired, Engine
+
+VERSION = 1
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """What ``diff -o json`` prints."""
+    return {
+        "version": VERSION,
+        "in_sync": plan.in_sync,
+        "actions": [_action(action) for action in plan.actions],
+        "unchanged": [
+            {"replica": kept.launch.replica, **_place(kept.gpus, kept.launch.memory_mib, kept.launch.port)}
+            for kept in plan.kept
+        ],
+        "unplaced": [
+            {"replica": item.replica, "reason": item.reason, "runs_on": item.runs_on} for item in plan.unplaced
+        ],
+        "waiting": list(plan.waiting),
+        "gpus": [
+            {
+                **_gpu_ref(item.gpu),
+                "name": item.gpu.name,
+                "memory_total_mib": item.gpu.memory_total_mib,
+                "promised_before_mib": item.before.promised_mib,
+                "promised_after_mib": item.after.promised_mib,
+                "unmanaged_mib": item.after.unmanaged_mib,
+                "free_after_mib": item.after.free_mib,
+                "problem": item.gpu.problem,
+            }
+            for item in plan.gpus
+        ],
+        "notes": list(plan.notes),
+        "summary": summary(plan),
+    }
+
+
+def _action(action: Action) -> dict[str, Any]:
+    return {
+        "id": action.id,
+        "kind": action.kind,
+        "replica": action.replica,
+        "cause": action.cause,
+        "after": list(action.after),
+        "waits_for": action.waits_for,
+        "not_before": action.not_before,
+        "changes": [{"field": change.field, "old": change.old, "new": change.new} for change in action.changes],
+        **_place(action.gpus, action.memory_mib, action.port),
+    }
+
+
+def _place(gpus: Sequence[Gpu], memory_mib: int, port: int) -> dict[str, Any]:
+    return {"gpus": [_gpu_ref(gpu) for gpu in gpus], "memory_mib": memory_mib, "port": port}
+
+
+def _gpu_ref(gpu: Gpu) -> dict[str, Any]:
+    return {"index": gpu.index, "uuid": gpu.uuid}
+
+
+def status_document(desired: Desired, observed: Observed, plan: Plan, now: float) -> dict[str, Any]:
+    """What ``status -o json`` prints of engines and GPUs; who asks adds the file and its generation."""
+    launches: dict[str, list[Launch]] = defaultdict(list)
+    for launch in observed.launches:
+        launches[launch.replica].append(launch)
+    engines = [_engine(engine, launches, observed, plan, now) for engine in desired.engines]
+    known = {engine.name for engine in desired.engines}
+    gone = dict.fromkeys(x.engine_name for x in observed.launches if x.engine_name not in known and x.holds)
+    engines += [_gone(name, launches, observed, now) for name in sorted(gone)]
+    wanted = sum(engine.spec.replicas for engine in desired.engines)
+    ready = sum(entry["ready"] for entry in engines if entry["name"] in known)
+    return {
+        "version": VERSION,
+        "converged": plan.in_sync and ready == wanted,
+        "engines": engines,
+        "gpus": _gpus(desired, observed),
+        "notes": [*plan.waiting, *plan.notes],
+    }
+
+
+def _engine(
+    engine: Engine, launches: dict[str, list[Launch]], observed: Observed, plan: Plan, now: float
+) -> dict[str, Any]:
+    wanted = engine.replicas()
+    names = [*wanted, *(r for r in _names(engine.name, launches) if r not in wanted)]
+    refused = {item.replica: item.reason for item in plan.unplaced}
+    reasons = dict(refused)
+    reasons |= {action.replica: _waiting(action) for action in plan.actions if action.kind == "spawn"}
+    replicas = []
+    for name in names:
+        launch = _current(launches.get(name, ()))
+        row = _replica(name, launch, observed, now, wanted=name in wanted)
+        if row is not None:
+            row["unplaced"] = name in refused
+            if row["phase"] == Phase.PENDING or row["unplaced"]:
+                row["reason"] = "; ".join(part for part in (row["reason"], reasons.get(name)) if part)
+            replicas.append(row)
+    return {
+        "name": engine.name,
+        "model": engine.shown.model,
+        "served_model_name": engine.shown.served_model_name[0],
+        "desired": engine.spec.replicas,
+        "ready": sum(row["phase"] == Phase.READY and row["name"] in wanted for row in replicas),
+        "replicas": replicas,
+    }
+
+
+def _waiting(action: Action) -> str:
+    return f"waits for {action.waits_for}" if action.waits_for else ("waits for its turn" if action.after else "")
+
+
+def _gone(name: str, launches: dict[str, list[Launch]], observed: Observed, now: float) -> dict[str, Any]:
+    """An engine that is not in the file and of which something still runs."""
+    rows = [_replica(r, _current(launches[r]), observed, now, wanted=False) for r in _names(name, launches)]
+    model = next((x.spec.get("model") for r in _names(name, launches) for x in launches[r]), None)
+    return {
+        "name": name,
+        "model": model,
+        "served_model_name": name,
+        "desired": 0,
+        "ready": 0,
+        "replicas": [row for row in rows if row],
+    }
+
+
+def _names(engine_name: str, launches: dict[str, list[Launch]]) -> list[str]:
+    found = {x[0].replica: x[0].index for x in launches.values() if x and x[0].engine_name == engine_name}
+    return sorted(found, key=lambda replica: found[replica])
+
+
+def _current(launches: Sequence[Launch]) -> Launch | None:
+    """Of several launches of a replica the one that tells most: one that runs, else one that ends, else the last."""
+    order = {Life.ALIVE: 3, Life.INTENT: 2, Life.LEFTOVER: 1, Life.UNPROVEN: 1, Life.EXITED: 0}
+    return max(launches, key=lambda x: (order[x.life], x.stopping_since is None, x.created_at), default=None)
+
+
+def _replica(
+    name: str, launch: Launch | None, observed: Observed, now: float, *, wanted: bool
+) -> dict[str, Any] | None:
+    state = phase(launch, wanted=wanted, now=now)
+    if state is None:
+        return None
+    row: dict[str, Any] = {
+        "name": name,
+        "phase": state.value,
+        "reason": "",
+        "stage": "",
+        "pid": None,
+        "port": None,
+        "endpoint": None,
+        "gpus": [],
+        "memory_mib": 0,
+        "restarts": 0,
+        "started_at": None,
+        "next_try_at": None,
+        "exit": None,
+        "log": None,
+        "launch": None,
+        "unplaced": False,
+    }
+    if launch is None:
+        return row
+    by_uuid = {gpu.uuid: gpu for gpu in observed.gpus}
+    row |= {"restarts": launch.restarts, "log": launch.log_path or None, "launch": launch.id, "stage": launch.stage}
+    if launch.exit is not None:
+        row["exit"] = {"code": launch.exit.code, "at": launch.exit.at, "text": launch.exit.text()}
+    if launch.life is Life.EXITED:
+        row["reason"] = f"ended: {launch.exit.text()}" if launch.exit else "ended"
+        if state is Phase.BACKOFF:
+            row["next_try_at"] = next_try(launch, now)
+        return row
+    row |= {
+        "pid": launch.pid,
+        "port": launch.port,
+        "endpoint": f"http://{_reachable(launch.bind)}:{launch.port}",
+        "gpus": [{"index": by_uuid[u].index if u in by_uuid else None, "uuid": u} for u in launch.gpus],
+        "memory_mib": launch.memory_mib,
+        "started_at": launch.created_at,
+        "reason": launch.stop_cause,
+    }
+    return row
+
+
+def _reachable(bind: str) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)  # noqa: S104 - shown, not bound to
+    return f"[{host}]" if ":" in host else host
+
+
+def _gpus(desired: Desired, observed: Observed) -> list[dict[str, Any]]:
+    on = launches_by_gpu(observed)
+    rows = []
+    for gpu in sorted(observed.gpus, key=lambda item: item.index):
+        taken = occupancy(gpu, on[gpu.uuid], desired.host.headroom)
+        rows.append(
+            {
+                **_gpu_ref(gpu),
+                "name": gpu.name,
+                "memory_total_mib": gpu.memory_total_mib,
+                "memory_used_mib": gpu.memory_used_mib,
+                "memory_promised_mib": sum(x.memory_mib for x in on[gpu.uuid] if gpu.uuid in x.gpus),
+                "memory_free_mib": 0 if gpu.problem else taken.free_mib,
+                "unmanaged_mib": taken.unmanaged_mib,
+                "simulated": gpu.simulated,
+                "problem": gpu.problem,
+                "unmanaged": [
+                    {"pid": p.pid, "user": p.user, "command": p.command, "memory_mib": p.memory_mib}
+                    for p in gpu.processes
+                    if p.launch is None
+                ],
+            }
+        )
+    return rows

@@ -1,0 +1,278 @@
+"""The judge of plans: good plans pass, and a plan broken in one way is caught for that."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import yaml
+
+from sage_reconcile.core.check import check_plan
+from sage_reconcile.core.observed import Life, Observed
+from sage_reconcile.core.plan import Action, Plan, Unplaced
+from sage_reconcile.core.planner import make_plan
+from sage_reconcile.core.spec import Desired
+from tests.plans.world import NOW, world
+from tests.reading import desired
+
+RAN = """
+version: 1
+engines:
+  keep: {model: k, memory: 20GiB}
+  change: {model: c, memory: 40GiB}
+  gone: {model: g, memory: 30GiB}
+  slow: {model: s, memory: 10GiB}
+  dead: {model: d, memory: 10GiB}
+  over: {model: o, memory: 10GiB}
+"""
+FILE = """
+version: 1
+host: {exclude: [3]}
+engines:
+  keep: {model: k, memory: 20GiB}
+  change: {model: c, memory: 40GiB, args: {seed: 1}}
+  fresh: {model: f, memory: 50GiB}
+  pair: {model: p, memory: 10GiB, tensor_parallel_size: 2}
+  pinned: {model: q, memory: 10GiB, gpus: [2]}
+  huge: {model: h, memory: 90GiB}
+"""
+WORLD = """
+gpus:
+  - {gpu: H100 80GiB, strangers: [812 alice python 5GiB]}
+  - H100 80GiB
+  - {gpu: H100 80GiB, reserve: 1GiB}
+  - H100 80GiB
+  - A100 80GiB
+  - {gpu: H100 80GiB, problem: ECC errors}
+ports: {8010: nginx}
+launches:
+  - {run: keep/0, gpu: 0, port: 8000, id: keep}
+  - {run: change/0, gpu: 0, port: 8001, id: change}
+  - {run: gone/0, gpu: 1, port: 8002, id: gone}
+  - {run: slow/0, gpu: 1, port: 8003, id: slow, state: stopping, ready: 1h, stopping: 5s, why: REMOVED}
+  - {run: dead/0, gpu: 2, port: 8004, id: dead, state: leftover, ready: 1h, exit: 137, ended: 1s}
+  - {run: over/0, gpu: 2, port: 8005, id: over, state: exited, exit: 0, ended: 1s}
+"""
+
+
+@pytest.fixture
+def wanted() -> Desired:
+    return desired(FILE)
+
+
+@pytest.fixture
+def machine() -> Observed:
+    return world(yaml.safe_load(WORLD), desired(RAN), NOW)
+
+
+@pytest.fixture
+def plan(wanted: Desired, machine: Observed) -> Plan:
+    found = make_plan(wanted, machine, NOW)
+    assert check_plan(wanted, machine, found) == []
+    assert [action.id for action in found.actions] == [
+        "reap dead/0 dead",
+        "stop change/0 change",
+        "stop gone/0 gone",
+        "spawn change/0",
+        "spawn fresh/0",
+        "spawn pair/0",
+        "spawn pinned/0",
+    ]
+    return found
+
+
+def having(plan: Plan, action_id: str, **values: Any) -> Plan:
+    """The plan with one action changed."""
+    assert any(action.id == action_id for action in plan.actions)
+    actions = tuple(replace(action, **values) if action.id == action_id else action for action in plan.actions)
+    return replace(plan, actions=actions)
+
+
+def action(plan: Plan, action_id: str) -> Action:
+    return next(action for action in plan.actions if action.id == action_id)
+
+
+def test_two_actions_of_one_name(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    doubled = replace(plan, actions=(*plan.actions, action(plan, "stop gone/0 gone")))
+    assert check_plan(wanted, machine, doubled) == ["two actions are called stop gone/0 gone"]
+
+
+def test_an_action_after_one_that_comes_later_or_not_at_all(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    first = having(plan, "reap dead/0 dead", after=("stop gone/0 gone",))
+    assert check_plan(wanted, machine, first) == [
+        "reap dead/0 dead comes after stop gone/0 gone, which does not come before it"
+    ]
+    assert check_plan(wanted, machine, having(plan, "reap dead/0 dead", after=("nothing",))) == [
+        "reap dead/0 dead comes after nothing, which does not come before it"
+    ]
+    assert check_plan(wanted, machine, having(plan, "reap dead/0 dead", after=("reap dead/0 dead",)))
+
+
+def test_acting_on_what_was_not_observed(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    told = check_plan(wanted, machine, having(plan, "stop gone/0 gone", launch="stranger"))
+    assert "stop gone/0 gone acts on a launch that was not observed" in told
+
+
+@pytest.mark.parametrize("life", [Life.UNPROVEN, Life.INTENT, Life.EXITED, Life.LEFTOVER])
+def test_stopping_what_is_not_proven_to_be_running_and_ours(
+    plan: Plan, wanted: Desired, machine: Observed, life: Life
+) -> None:
+    launches = tuple(replace(item, life=life) if item.id == "gone" else item for item in machine.launches)
+    told = check_plan(wanted, replace(machine, launches=launches), plan)
+    assert f"stop gone/0 gone acts on a launch that is {life}" in told
+
+
+@pytest.mark.parametrize("life", [Life.UNPROVEN, Life.INTENT, Life.EXITED, Life.ALIVE])
+def test_reaping_what_is_not_left_over(plan: Plan, wanted: Desired, machine: Observed, life: Life) -> None:
+    launches = tuple(replace(item, life=life) if item.id == "dead" else item for item in machine.launches)
+    told = check_plan(wanted, replace(machine, launches=launches), plan)
+    assert f"reap dead/0 dead acts on a launch that is {life}" in told
+
+
+def test_killing_what_was_never_asked_to_stop(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    assert check_plan(wanted, machine, having(plan, "stop gone/0 gone", kind="kill")) == [
+        "stop gone/0 gone kills a replica that was never asked to stop"
+    ]
+
+
+def test_a_stop_without_a_cause(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    assert check_plan(wanted, machine, having(plan, "stop gone/0 gone", stop_cause=None)) == [
+        "stop gone/0 gone does not say why"
+    ]
+
+
+@pytest.mark.parametrize("launch", ["keep", "dead", "unknown"])
+def test_dropping_the_record_of_what_may_still_run(plan: Plan, wanted: Desired, machine: Observed, launch: str) -> None:
+    assert plan.forget == ("over",)
+    assert check_plan(wanted, machine, replace(plan, forget=("over", launch))) == [
+        f"the record of {launch} would be dropped while it may still run"
+    ]
+
+
+def test_a_replica_that_is_forgotten(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    assert check_plan(wanted, machine, replace(plan, kept=())) == ["keep/0 is wanted 1 times and planned 0 times"]
+    assert check_plan(wanted, machine, replace(plan, unplaced=())) == ["huge/0 is wanted 1 times and planned 0 times"]
+    without = replace(plan, actions=tuple(item for item in plan.actions if item.id != "spawn pinned/0"))
+    assert check_plan(wanted, machine, without) == ["pinned/0 is wanted 1 times and planned 0 times"]
+
+
+def test_a_replica_planned_twice(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    twice = replace(plan, unplaced=(*plan.unplaced, Unplaced("keep/0", "no room")))
+    assert check_plan(wanted, machine, twice) == ["keep/0 is wanted 1 times and planned 2 times"]
+    stays = replace(plan, unplaced=(*plan.unplaced, Unplaced("keep/0", "no room", runs_on=True)))
+    assert check_plan(wanted, machine, stays) == [], "a refused replacement is one replica that stays"
+
+
+def test_a_replica_nobody_asked_for(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    told = check_plan(wanted, machine, having(plan, "spawn fresh/0", replica="other/0"))
+    assert "other/0 is wanted 0 times and planned 1 times" in told
+    assert "spawn fresh/0 starts an engine that is not in the file" in told
+
+
+def test_a_refusal_without_a_reason(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    silent = replace(plan, unplaced=tuple(replace(item, reason="") for item in plan.unplaced))
+    assert check_plan(wanted, machine, silent) == ["huge/0 is refused without a reason"]
+
+
+def test_more_memory_than_a_gpu_has(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    pinned = action(plan, "spawn pinned/0")
+    room = 79 * 1024 - sum(
+        item.memory_mib for item in plan.actions if item.kind == "spawn" and machine.gpus[2] in item.gpus
+    )
+    assert check_plan(wanted, machine, having(plan, "spawn pinned/0", memory_mib=pinned.memory_mib + room)) == []
+    assert check_plan(wanted, machine, having(plan, "spawn pinned/0", memory_mib=pinned.memory_mib + room + 1)) == [
+        "GPU 2 would hold 81921 MiB of 81920 MiB"
+    ]
+
+
+def test_headroom_and_strangers_count(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    room = plan.gpus[0].after.free_mib
+    assert 0 < room <= (80 - 5 - 20 - 40) * 1024
+    before = replace(wanted, host=wanted.host.model_copy(update={"headroom": room}))
+    assert not [text for text in check_plan(before, machine, plan) if text.startswith("GPU 0 ")]
+    above = replace(wanted, host=wanted.host.model_copy(update={"headroom": room + 1}))
+    assert "GPU 0 would hold 81921 MiB of 81920 MiB" in check_plan(above, machine, plan)
+
+
+def test_what_does_not_end_keeps_its_memory(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    moved = having(plan, "spawn fresh/0", gpus=(machine.gpus[1],), memory_mib=70 * 1024)
+    assert not [text for text in check_plan(wanted, machine, moved) if "would hold" in text]
+    spared = replace(moved, actions=tuple(item for item in moved.actions if item.id != "stop gone/0 gone"))
+    assert any("GPU 1 would hold" in text for text in check_plan(wanted, machine, spared))
+
+
+def test_a_start_on_a_gpu_that_takes_nothing_new(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    for index in (3, 5):
+        assert check_plan(wanted, machine, having(plan, "spawn fresh/0", gpus=(machine.gpus[index],))) == [
+            f"GPU {index} takes nothing new, but spawn fresh/0 is placed there"
+        ]
+
+
+def test_a_start_on_a_gpu_that_is_not_there(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    gone = replace(machine.gpus[2], uuid="GPU-9")
+    assert "a replica would start on GPU-9, which is not there" in check_plan(
+        wanted, machine, having(plan, "spawn fresh/0", gpus=(gone,))
+    )
+
+
+def test_too_few_gpus_or_the_same_twice(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    one = action(plan, "spawn pair/0").gpus[0]
+    for gpus in ((one,), (one, one)):
+        assert f"spawn pair/0 gets {len(gpus)} GPUs and takes 2" in check_plan(
+            wanted, machine, having(plan, "spawn pair/0", gpus=gpus)
+        )
+
+
+def test_gpus_of_different_models(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    gpus = (machine.gpus[2], machine.gpus[4])
+    told = check_plan(wanted, machine, having(plan, "spawn pair/0", gpus=gpus))
+    assert "spawn pair/0 is split over GPUs of different models" in told
+
+
+def test_a_real_engine_on_simulated_gpus(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    gpu = replace(machine.gpus[4], simulated=True)
+    told = check_plan(wanted, machine, having(plan, "spawn fresh/0", gpus=(gpu,)))
+    assert told == ["spawn fresh/0 would run a real engine on simulated GPUs"]
+
+
+def test_a_pinned_engine_somewhere_else(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    told = check_plan(wanted, machine, having(plan, "spawn pinned/0", gpus=(machine.gpus[4],)))
+    assert told == ["spawn pinned/0 is placed off the GPUs that its entry names"]
+
+
+def test_ports(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    other = action(plan, "spawn pair/0").port
+    assert check_plan(wanted, machine, having(plan, "spawn fresh/0", port=other)) == [
+        f"port {other} would be used 2 times"
+    ]
+    assert check_plan(wanted, machine, having(plan, "spawn fresh/0", port=8000)) == ["port 8000 would be used 2 times"]
+    assert check_plan(wanted, machine, having(plan, "spawn fresh/0", port=8010)) == [
+        "port 8010 is in use by something that is not ours"
+    ]
+
+
+def test_a_start_before_what_it_replaces_has_gone(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    told = check_plan(wanted, machine, having(plan, "spawn change/0", after=()))
+    assert "spawn change/0 does not come after stop change/0 change" in told
+
+
+def test_a_start_on_a_port_that_is_not_free_yet(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    moved = having(plan, "spawn fresh/0", gpus=(machine.gpus[4],), port=8002, after=())
+    assert check_plan(wanted, machine, moved) == ["spawn fresh/0 does not come after stop gone/0 gone"]
+    after = having(moved, "spawn fresh/0", after=("stop gone/0 gone",))
+    assert check_plan(wanted, machine, after) == []
+
+
+def test_a_start_on_a_gpu_that_is_not_free_yet(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    moved = having(plan, "spawn fresh/0", gpus=(machine.gpus[1],), after=("stop gone/0 gone",))
+    told = "spawn fresh/0 does not wait for slow/0, which is still stopping"
+    assert told in check_plan(wanted, machine, moved)
+    waiting = having(moved, "spawn fresh/0", waits_for="slow/0 to end")
+    assert told not in check_plan(wanted, machine, waiting)
+
+
+def test_coming_after_counts_along_a_chain(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    pinned = having(plan, "spawn pinned/0", after=("spawn pair/0",))
+    assert "reap dead/0 dead" in action(plan, "spawn pair/0").after
+    assert check_plan(wanted, machine, pinned) == []

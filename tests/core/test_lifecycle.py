@@ -1,0 +1,145 @@
+"""The life of a replica, told as stories."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from sage_reconcile.core.lifecycle import Phase, StopCause, delay_s, failed, failures, next_try, phase, stop_deadline
+from sage_reconcile.core.observed import Exit, Launch, Life
+
+NOW = 10_000.0
+BORN = Launch(
+    id="a",
+    engine_name="chat",
+    index=0,
+    spec={},
+    secret_marks={},
+    gpus=("GPU-0",),
+    memory_mib=1024,
+    port=8000,
+    bind="127.0.0.1",
+    life=Life.INTENT,
+    created_at=NOW,
+)
+LOADING = replace(BORN, life=Life.ALIVE)
+READY = replace(LOADING, ready=True, ready_at=NOW + 60)
+
+
+def ended(launch: Launch, at: float | None, code: int | None = 1, **fields: object) -> Launch:
+    return replace(launch, life=Life.EXITED, ready=False, exit=Exit(code, at), **fields)  # type: ignore[arg-type]
+
+
+def test_from_wanted_to_serving_and_away() -> None:
+    assert phase(None, wanted=True, now=NOW) is Phase.PENDING
+    assert phase(BORN, wanted=True, now=NOW) is Phase.STARTING
+    assert phase(LOADING, wanted=True, now=NOW) is Phase.STARTING
+    assert phase(READY, wanted=True, now=NOW) is Phase.READY
+    assert phase(replace(READY, ready=False), wanted=True, now=NOW) is Phase.DEGRADED
+    stopping = replace(READY, stopping_since=NOW + 90, stop_cause=StopCause.REMOVED)
+    assert phase(stopping, wanted=False, now=NOW + 90) is Phase.STOPPING
+    assert phase(replace(stopping, life=Life.LEFTOVER), wanted=False, now=NOW + 95) is Phase.STOPPING
+    assert phase(ended(stopping, NOW + 99, 0), wanted=False, now=NOW + 99) is None
+    assert phase(None, wanted=False, now=NOW) is None
+
+
+def test_a_replica_that_cannot_be_proven_ours_is_unknown_wanted_or_not() -> None:
+    for wanted in (True, False):
+        assert phase(replace(READY, life=Life.UNPROVEN), wanted=wanted, now=NOW) is Phase.UNKNOWN
+
+
+def test_a_start_that_fails_is_in_back_off_until_its_next_try() -> None:
+    launch = ended(LOADING, NOW + 30)
+    assert phase(launch, wanted=True, now=NOW + 39.9) is Phase.BACKOFF
+    assert phase(launch, wanted=True, now=NOW + 40) is Phase.PENDING
+    assert phase(launch, wanted=False, now=NOW + 31) is None
+
+
+def test_what_was_asked_to_stop_did_not_fail() -> None:
+    launch = ended(READY, NOW + 99, 0, stop_cause=StopCause.CHANGED)
+    assert not failed(launch)
+    assert failures(replace(launch, failures=7)) == 0
+    assert phase(launch, wanted=True, now=NOW + 99) is Phase.PENDING
+
+
+@pytest.mark.parametrize("code", [0, 1, 137, None])
+def test_every_end_that_nobody_asked_for_is_a_failure(code: int | None) -> None:
+    launch = ended(READY, NOW + 99, code)
+    assert failed(launch)
+    assert failures(launch) == 1
+
+
+def test_a_start_that_takes_too_long_is_a_failure_although_we_ended_it() -> None:
+    assert failed(ended(LOADING, NOW + 99, 137, stop_cause=StopCause.STARTUP_TIMEOUT))
+
+
+def test_starts_that_fail_again_and_again_wait_ten_seconds_doubling_to_five_minutes() -> None:
+    waits = [delay_s(count, was_ready=False) for count in range(1, 9)]
+    assert waits == [10, 20, 40, 80, 160, 300, 300, 300]
+    assert delay_s(10_000, was_ready=False) == 300
+
+
+def test_a_replica_that_served_is_tried_at_once_the_first_time() -> None:
+    assert [delay_s(count, was_ready=True) for count in range(1, 8)] == [0, 10, 20, 40, 80, 160, 300]
+
+
+def test_the_story_of_a_replica_that_never_starts() -> None:
+    """Each launch is started with the failures before it, as the planner does."""
+    before, waits, now = 0, [], NOW
+    for _ in range(7):
+        launch = ended(replace(LOADING, created_at=now, failures=before), now + 5)
+        waits.append(next_try(launch, now + 5) - (now + 5))
+        before, now = failures(launch), next_try(launch, now + 5)
+    assert waits == [10, 20, 40, 80, 160, 300, 300]
+
+
+def test_ten_steady_minutes_forget_the_failures_before() -> None:
+    launch = replace(READY, failures=5)
+    assert failures(ended(launch, NOW + 60 + 599.9)) == 6
+    assert failures(ended(launch, NOW + 60 + 600)) == 1
+    assert next_try(ended(launch, NOW + 60 + 600), NOW + 660) == NOW + 660
+
+
+def test_the_wait_counts_from_the_end_not_from_when_it_was_seen() -> None:
+    launch = ended(LOADING, NOW + 30)
+    assert next_try(launch, NOW + 31) == next_try(launch, NOW + 39) == NOW + 40
+
+
+def test_an_end_nobody_saw_counts_from_the_start() -> None:
+    assert next_try(ended(LOADING, None, None), NOW + 3600) == NOW + 10
+    assert next_try(replace(LOADING, life=Life.EXITED), NOW + 3600) == NOW + 10
+
+
+def test_what_has_not_ended_yet_waits_from_now_on() -> None:
+    assert next_try(LOADING, NOW + 3600) == NOW + 3610
+
+
+def test_a_clock_set_back_by_years_does_not_put_the_next_try_off() -> None:
+    launch = ended(LOADING, NOW)
+    for now in (NOW - 3600, NOW - 3e7):
+        assert next_try(launch, now) <= now
+        assert phase(launch, wanted=True, now=now) is Phase.PENDING
+
+
+def test_a_clock_set_back_a_little_still_waits_but_never_twice_its_delay() -> None:
+    launch = ended(LOADING, NOW)
+    assert next_try(launch, NOW - 5) == NOW + 10
+    assert next_try(launch, NOW - 10) == NOW + 10
+
+
+def test_a_stopping_replica_has_its_full_time_if_it_ever_served() -> None:
+    assert stop_deadline(replace(READY, stopping_since=NOW), 30) == NOW + 30
+    assert stop_deadline(replace(READY, ready=False, stopping_since=NOW), 30) == NOW + 30
+
+
+def test_a_replica_that_loads_loses_sigterm_and_gets_five_seconds() -> None:
+    loading = replace(LOADING, stopping_since=NOW)
+    assert stop_deadline(loading, 30) == NOW + 5
+    assert stop_deadline(loading, 2) == NOW + 2
+
+
+def test_ends_are_told_as_shells_tell_them() -> None:
+    assert [Exit(code, None).text() for code in (0, 1, 137, None)] == [
+        *("exit 0", "exit 1", "killed by signal 9", "exit status unknown")
+    ]

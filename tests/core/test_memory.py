@@ -1,0 +1,245 @@
+"""How much memory an engine takes, and how much a GPU has left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sage_reconcile.core.memory import (
+    Occupancy,
+    automatic_mib,
+    launches_by_gpu,
+    occupancy,
+    parameters_from_config,
+    parameters_from_name,
+    promised_mib,
+    utilization,
+)
+from sage_reconcile.core.observed import Gpu, GpuProcess, Launch, Life, ModelFacts, Observed
+from sage_reconcile.core.spec import EngineSpec
+
+GIB = 1024
+CARD = Gpu("GPU-0", 0, "H100", "0000:00:00.0", 80 * GIB)
+
+
+def spec(**fields: Any) -> EngineSpec:
+    return EngineSpec.model_validate({"model": "m"} | fields)
+
+
+def launch(name: str = "a", **fields: Any) -> Launch:
+    known: dict[str, Any] = {
+        "id": name,
+        "engine_name": name,
+        "index": 0,
+        "spec": {},
+        "secret_marks": {},
+        "gpus": ("GPU-0",),
+        "memory_mib": 40 * GIB,
+        "port": 8000,
+        "bind": "127.0.0.1",
+        "life": Life.ALIVE,
+        "created_at": 0.0,
+    }
+    return Launch(**known | fields)
+
+
+def card(*processes: GpuProcess, used: int | None = None, **fields: Any) -> Gpu:
+    told = sum(process.memory_mib or 0 for process in processes)
+    return replace(CARD, processes=processes, memory_used_mib=told if used is None else used, **fields)
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        ("meta-llama/Llama-3.1-8B", 8e9),
+        ("Qwen/Qwen2.5-0.5B-Instruct", 0.5e9),
+        ("Qwen/Qwen3-30B-A3B", 30e9),
+        ("mistralai/Mixtral-8x7B-v0.1", 56e9),
+        ("facebook/opt-125m", 125e6),
+        ("/models/llama-70b/", 70e9),
+        ("google/gemma-2-9b-it", 9e9),
+        ("BAAI/bge-m3", None),
+        ("gpt2", None),
+        ("org-7b/mystery", None),
+        ("deepseek-ai/DeepSeek-V3", None),
+        ("model-v1.5beta", None),
+        ("", None),
+    ],
+)
+def test_names_tell_parameters(model: str, parameters: float | None) -> None:
+    assert parameters_from_name(model) == parameters
+
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "vocab_size": 128256,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "billions"),
+    [
+        (LLAMA_8B, 8.03),
+        (LLAMA_8B | {"tie_word_embeddings": True}, 8.03 - 0.525),
+        (LLAMA_8B | {"num_key_value_heads": None}, 8.03 + 32 * 2 * 4096 * 128 * 24 / 1e9),
+        (LLAMA_8B | {"head_dim": 256}, 8.03 + 32 * 2 * 4096 * 128 * 40 / 1e9),
+        # Mixtral-8x7B: 46.7
+        (LLAMA_8B | {"vocab_size": 32000, "num_local_experts": 8}, 46.7),
+        # Qwen3-30B-A3B: 30.5
+        (
+            {
+                "hidden_size": 2048,
+                "num_hidden_layers": 48,
+                "vocab_size": 151936,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 4,
+                "head_dim": 128,
+                "intermediate_size": 6144,
+                "moe_intermediate_size": 768,
+                "num_experts": 128,
+            },
+            30.5,
+        ),
+    ],
+)
+def test_configs_tell_parameters(config: dict[str, object], billions: float) -> None:
+    assert parameters_from_config(config) == pytest.approx(billions * 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize("missing", ["hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads"])
+def test_a_config_without_a_needed_field_tells_nothing(missing: str) -> None:
+    assert parameters_from_config({**LLAMA_8B, missing: None}) is None
+    assert parameters_from_config({**LLAMA_8B, missing: True}) is None
+    assert parameters_from_config({key: value for key, value in LLAMA_8B.items() if key != missing}) is None
+
+
+def test_auto_is_weights_and_a_fifth_over_the_ranks_and_two_gib() -> None:
+    assert automatic_mib(spec(model="Llama-8B"), None) == 18311 + 2048
+    assert automatic_mib(spec(model="Llama-8B", tensor_parallel_size=2), None) == 9156 + 2048
+    assert automatic_mib(spec(model="Llama-8B", pipeline_parallel_size=2, tensor_parallel_size=2), None) == 4578 + 2048
+    assert automatic_mib(spec(model="Llama-8B", data_parallel_size=2), None) == 18311 + 2048, "each copy is whole"
+
+
+def test_what_was_read_of_a_model_beats_its_name() -> None:
+    facts = ModelFacts(1_000_000_000, "config.json")
+    assert automatic_mib(spec(model="Llama-8B"), facts) == 2289 + 2048
+    assert automatic_mib(spec(model="Llama-8B"), ModelFacts(None, "unreadable")) == 18311 + 2048
+    assert automatic_mib(spec(model="mystery"), ModelFacts(None, "unreadable")) is None
+    assert automatic_mib(spec(model="mystery"), None) is None
+
+
+def test_promises() -> None:
+    assert promised_mib(spec(memory="24GiB"), CARD, None) == 24 * GIB
+    assert promised_mib(spec(memory="30%"), CARD, None) == 24 * GIB
+    assert promised_mib(spec(memory="100%"), CARD, None) == 80 * GIB
+    assert promised_mib(spec(memory="33%"), replace(CARD, memory_total_mib=81559), None) == 26914, "rounded down"
+    assert promised_mib(spec(memory="auto"), CARD, None) is None
+
+
+@pytest.mark.parametrize(
+    ("memory", "fits"),
+    [("20GiB", 4), ("39.9GiB", 2), ("40GiB", 2), ("40.1GiB", 1), ("79GiB", 1), ("80GiB", 1), ("80.1GiB", 0)],
+)
+def test_how_many_fit_an_80_gib_card(memory: str, fits: int) -> None:
+    need = promised_mib(spec(memory=memory), CARD, None)
+    assert need is not None
+    launches: list[Launch] = []
+    while occupancy(CARD, launches, 0).free_mib >= need:
+        launches.append(launch(f"a{len(launches)}", memory_mib=need))
+    assert len(launches) == fits
+
+
+def test_vllm_gets_its_share_after_what_it_takes_outside() -> None:
+    assert utilization(spec(runtime="simulator"), 40 * GIB, CARD) == 0.5
+    assert utilization(spec(), 40 * GIB, CARD) == (40 * GIB - 614) / (80 * GIB) // 1e-6 / 1e6
+    many = utilization(spec(tensor_parallel_size=2), 40 * GIB, CARD)
+    assert many == utilization(spec(pipeline_parallel_size=2), 40 * GIB, CARD)
+    assert many == pytest.approx((40 * GIB - 1638) / (80 * GIB), abs=1e-6)
+
+
+def test_the_share_is_of_what_cuda_sees() -> None:
+    assert utilization(spec(runtime="simulator"), 40 * GIB, replace(CARD, cuda_total_mib=79 * GIB)) == 0.506329
+
+
+def test_the_share_stays_between_nothing_and_all() -> None:
+    assert utilization(spec(), 100, CARD) == 0
+    assert utilization(spec(runtime="simulator"), 80 * GIB, replace(CARD, cuda_total_mib=79 * GIB)) == 1
+
+
+@pytest.mark.parametrize("mib", range(1000, 81920, 7919))
+def test_the_share_never_exceeds_the_promise(mib: int) -> None:
+    assert utilization(spec(), mib, CARD) * CARD.memory_total_mib <= mib
+
+
+def test_an_empty_card_is_free_but_for_what_is_kept_back() -> None:
+    reserved = replace(CARD, memory_reserved_mib=512)
+    assert occupancy(reserved, [], 1024) == Occupancy(80 * GIB, 1536, (), 0)
+    assert occupancy(reserved, [], 1024).free_mib == 80 * GIB - 1536
+
+
+@pytest.mark.parametrize(("held", "counts"), [(0, 40), (12, 40), (40, 40), (45, 45)])
+def test_ours_count_with_the_larger_of_promised_and_held(held: int, counts: int) -> None:
+    gpu = card(GpuProcess(1, held * GIB, launch="a"))
+    taken = occupancy(gpu, [launch("a")], 0)
+    assert (taken.ours, taken.unmanaged_mib) == ((("a/0", counts * GIB),), 0)
+    assert taken.free_mib == (80 - counts) * GIB
+
+
+def test_several_processes_of_one_launch_are_one_holding() -> None:
+    gpu = card(GpuProcess(1, 30 * GIB, launch="a"), GpuProcess(2, 15 * GIB, launch="a"))
+    assert occupancy(gpu, [launch("a")], 0).ours == (("a/0", 45 * GIB),)
+
+
+def test_strangers_count_with_what_they_hold_whoever_they_are() -> None:
+    gpu = card(GpuProcess(1, 40 * GIB, launch="a"), GpuProcess(2, 7 * GIB))
+    assert occupancy(gpu, [launch("a")], 0).unmanaged_mib == 7 * GIB
+    assert occupancy(card(used=9 * GIB), [], 0).unmanaged_mib == 9 * GIB, "also where no process is listed"
+    ended = card(GpuProcess(1, 9 * GIB, launch="gone"))
+    assert occupancy(ended, [], 0).unmanaged_mib == 9 * GIB, "also what a launch that is over still holds"
+
+
+def test_a_holding_that_is_not_told_is_taken_for_the_promise() -> None:
+    gpu = card(GpuProcess(1, None, launch="a"), used=45 * GIB)
+    taken = occupancy(gpu, [launch("a")], 0)
+    assert (taken.promised_mib, taken.unmanaged_mib) == (40 * GIB, 5 * GIB)
+    partly = card(GpuProcess(1, None, launch="a"), GpuProcess(2, 10 * GIB, launch="a"), used=45 * GIB)
+    assert occupancy(partly, [launch("a")], 0) == taken
+
+
+def test_less_used_than_assumed_is_nobody_elses_memory() -> None:
+    gpu = card(GpuProcess(1, None, launch="a"), used=10 * GIB)
+    assert occupancy(gpu, [launch("a")], 0).unmanaged_mib == 0
+
+
+def test_what_leaves_gives_back_its_promise_and_its_holding() -> None:
+    gpu = card(GpuProcess(1, 45 * GIB, launch="a"), GpuProcess(2, 7 * GIB))
+    after = occupancy(gpu, [launch("a")], 0, leaving=frozenset({"a"}))
+    assert (after.ours, after.unmanaged_mib, after.free_mib) == ((), 7 * GIB, 73 * GIB)
+
+
+def test_a_launch_holding_where_it_was_not_placed_counts_with_what_it_holds() -> None:
+    gpu = card(GpuProcess(1, 3 * GIB, launch="a"))
+    assert occupancy(gpu, [launch("a", gpus=("GPU-1",))], 0).ours == (("a/0", 3 * GIB),)
+
+
+def test_free_memory_is_never_negative() -> None:
+    assert occupancy(card(used=79 * GIB), [launch("a")], 0).free_mib == 0
+
+
+def test_launches_are_on_the_gpus_they_were_given_and_on_those_where_they_are_seen() -> None:
+    gpus = (card(GpuProcess(1, 3 * GIB, launch="b")), replace(CARD, uuid="GPU-1", index=1))
+    a, b = launch("a", gpus=("GPU-0", "GPU-1")), launch("b", gpus=("GPU-1", "GPU-9"))
+    ended = launch("c", life=Life.EXITED)
+    on = launches_by_gpu(Observed(gpus, (ended, b, a)))
+    assert on == {"GPU-0": [a, b], "GPU-1": [a, b]}
+
+
+@pytest.mark.parametrize("life", [life for life in Life if life is not Life.EXITED])
+def test_whatever_may_still_run_holds_its_memory(life: Life) -> None:
+    assert launches_by_gpu(Observed((CARD,), (launch("a", life=life),)))["GPU-0"]

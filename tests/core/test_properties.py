@@ -1,0 +1,321 @@
+"""Any box, any file, anything running: what every plan must hold to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import count
+
+import hypothesis.strategies as st
+from hypothesis import HealthCheck, given, settings
+
+from sage_reconcile.core.check import check_plan
+from sage_reconcile.core.drift import changes
+from sage_reconcile.core.lifecycle import StopCause
+from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Observed, Port
+from sage_reconcile.core.plan import Plan
+from sage_reconcile.core.plan_text import plan_text
+from sage_reconcile.core.planner import make_plan
+from sage_reconcile.core.resolve import secret_marks
+from sage_reconcile.core.spec import Desired, Engine
+from tests.plans.test_golden import shuffled
+from tests.reading import desired
+
+NOW = 1_000_000.0
+GIB = 1024
+SIZES = ("20GiB", "39.9GiB", "40GiB", "40.1GiB", "79GiB", "80GiB", "30%", "auto", "1GiB")
+NAMES = ("a", "b", "c", "d")
+MODELS = ("llama-8b", "mystery")
+
+
+@dataclass(frozen=True)
+class World:
+    ran: str
+    text: str
+    desired: Desired = field(repr=False)
+    observed: Observed
+
+
+def one_of(*values: str) -> st.SearchStrategy[str]:
+    return st.sampled_from(values)
+
+
+@st.composite
+def entries(draw: st.DrawFn) -> str:
+    fields = [f"model: {draw(one_of(*MODELS))}", f"memory: {draw(one_of(*SIZES))}"]
+    optional = {
+        "replicas": one_of("0", "1", "2", "3"),
+        "tensor_parallel_size": one_of("2", "4"),
+        "priority": one_of("-1", "5"),
+        "args": one_of("{seed: 1}", "{seed: 2}"),
+        "env": one_of("{TOKEN: one}", "{TOKEN: two}"),
+        "runtime": st.just("simulator"),
+        "stop_timeout": one_of("2s", "10m"),
+        "startup_timeout": one_of("10s", "2h"),
+    }
+    for name, values in optional.items():
+        if draw(st.integers(0, 3)) == 0:
+            fields.append(f"{name}: {draw(values)}")
+    text = ", ".join(fields)
+    if draw(st.integers(0, 9)) == 0 and "%" not in text:
+        text += ", device: cpu"
+    elif draw(st.integers(0, 5)) == 0 and "tensor_parallel" not in text:
+        text += f", gpus: [{draw(one_of('0', '1', '0, 1', 'GPU-2', '7'))}]"
+    return text
+
+
+@st.composite
+def files(draw: st.DrawFn) -> str:
+    names = draw(st.lists(st.sampled_from(NAMES), unique=True, max_size=4))
+    lines = []
+    for number, name in enumerate(names):
+        fixed = f", port: {8000 + 4 * number}" if draw(st.integers(0, 4)) == 0 else ""
+        lines.append(f"  {name}: {{{draw(entries())}{fixed}}}")
+    host = draw(one_of("{}", "{headroom: 1GiB}", "{exclude: [0]}", "{ports: 8000-8005}"))
+    engines = "\n" + "\n".join(lines) if lines else " {}"
+    return f"version: 1\nhost: {host}\nengines:{engines}\n"
+
+
+@st.composite
+def gpus(draw: st.DrawFn, index: int, simulated: bool) -> Gpu:
+    name, gib = draw(st.sampled_from([("H100", 80), ("H100", 80), ("A100", 80), ("A100", 40), ("L4", 24)]))
+    return Gpu(
+        f"GPU-{index}",
+        index,
+        name,
+        f"0000:{draw(st.integers(0, 3)):02x}:{index:02x}.0",
+        gib * GIB,
+        memory_reserved_mib=draw(st.sampled_from([0, 0, 512])),
+        problem=draw(st.sampled_from(["", "", "", "", "Xid 79"])),
+        simulated=simulated,
+    )
+
+
+@st.composite
+def launches(draw: st.DrawFn, number: int, ran: Desired, box: list[Gpu]) -> Launch:
+    engine = draw(st.sampled_from(ran.engines))
+    launch_id = f"launch-{number}"
+    life = draw(st.sampled_from([Life.ALIVE] * 6 + list(Life)))
+    on = draw(st.lists(st.sampled_from([*(gpu.uuid for gpu in box), "GPU-gone"]), unique=True, max_size=3))
+    created = NOW - draw(st.sampled_from([1.0, 60.0, 5000.0]))
+    ready_at = draw(st.sampled_from([None, created + 30, created + 30]))
+    stopping = draw(st.sampled_from([None, None, None, NOW - 1, NOW - 100, NOW + 50]))
+    left = life in (Life.EXITED, Life.LEFTOVER)
+    return Launch(
+        id=launch_id,
+        engine_name=engine.name,
+        index=draw(st.integers(0, 3)),
+        spec=engine.record,
+        secret_marks=secret_marks(engine.secrets, launch_id),
+        gpus=tuple(on) if engine.spec.device == "cuda" else (),
+        memory_mib=draw(st.sampled_from([1, 20, 40])) * GIB if on else 0,
+        port=8000 + draw(st.integers(0, 9)),
+        bind="127.0.0.1",
+        life=life,
+        created_at=created,
+        pid=100 + number,
+        ready=life is Life.ALIVE and ready_at is not None and draw(st.booleans()),
+        ready_at=ready_at,
+        stopping_since=stopping,
+        stop_cause=draw(st.sampled_from(list(StopCause))) if stopping is not None else "",
+        exit=Exit(draw(st.sampled_from([0, 1, None])), draw(st.sampled_from([NOW - 1, NOW - 100, NOW + 1e6, None])))
+        if left
+        else None,
+        failures=draw(st.integers(0, 4)),
+    )
+
+
+@st.composite
+def processes(draw: st.DrawFn, gpu: Gpu, found: list[Launch]) -> Gpu:
+    """What runs on a GPU: of ours, some told and some not, and of strangers."""
+    pids = count(1)
+    listed = []
+    for launch in found:
+        if gpu.uuid in launch.gpus or draw(st.integers(0, 9)) == 0:
+            for _ in range(draw(st.integers(0, 2))):
+                held = draw(st.sampled_from([None, 1, 10 * GIB, launch.memory_mib]))
+                listed.append(GpuProcess(next(pids), held, launch=launch.id))
+    if draw(st.integers(0, 2)) == 0:
+        listed.append(GpuProcess(next(pids), draw(st.sampled_from([None, 1, 30 * GIB])), "alice", "python"))
+    used = sum(process.memory_mib or 0 for process in listed) + draw(st.sampled_from([0, 0, 300, 20 * GIB]))
+    return replace(gpu, processes=tuple(listed), memory_used_mib=used)
+
+
+@st.composite
+def worlds(draw: st.DrawFn, busy: bool = True) -> World:
+    text = draw(files())
+    ran_text = text if draw(st.booleans()) else draw(files())
+    ran = read_once(ran_text)
+    simulated = draw(st.integers(0, 9)) == 0
+    box = [draw(gpus(index, simulated)) for index in range(draw(st.integers(0, 8)))]
+    found: list[Launch] = []
+    if busy and ran.engines:
+        found = [draw(launches(number, ran, box)) for number in range(draw(st.integers(0, 6)))]
+    box = [draw(processes(gpu, found)) for gpu in box]
+    ports = draw(st.lists(st.integers(8000, 8006), unique=True, max_size=2))
+    observed = Observed(tuple(box), tuple(found), tuple(Port(port, "nginx") for port in ports))
+    return World(ran_text, text, read_once(text), observed)
+
+
+EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "60"))
+"""More of them than the default are drawn anew each time."""
+
+many = settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=EXAMPLES <= 60
+)
+read_once = lru_cache(maxsize=4096)(desired)
+
+
+@many
+@given(worlds())
+def test_every_plan_is_safe_and_complete(world: World) -> None:
+    plan = make_plan(world.desired, world.observed, NOW)
+    assert check_plan(world.desired, world.observed, plan) == []
+    kept = {item.launch.replica for item in plan.kept}
+    spawned = {action.replica for action in plan.actions if action.kind == "spawn"}
+    refused = {item.replica for item in plan.unplaced}
+    wanted = {replica for engine in world.desired.engines for replica in engine.replicas()}
+    assert kept | spawned | refused == wanted
+    assert not (kept & spawned)
+    assert not (spawned & refused)
+    assert all(item.runs_on == (item.replica in kept) for item in plan.unplaced)
+    acted = [action.launch for action in plan.actions if action.kind != "spawn"]
+    assert len(acted) == len(set(acted)), "nothing is ended twice"
+
+
+@many
+@given(worlds())
+def test_the_same_gives_the_same_whatever_the_order_in_which_it_is_told(world: World) -> None:
+    first = plan_text(make_plan(world.desired, world.observed, NOW), NOW)
+    assert plan_text(make_plan(desired(world.text), world.observed, NOW), NOW) == first
+    for seed in range(3):
+        assert plan_text(make_plan(world.desired, shuffled(world.observed, seed), NOW), NOW) == first
+
+
+@many
+@given(worlds())
+def test_what_runs_unchanged_is_never_touched(world: World) -> None:
+    plan = make_plan(world.desired, world.observed, NOW)
+    acted = {action.launch for action in plan.actions if action.kind != "spawn"}
+    for launch in world.observed.launches:
+        engine = world.desired.engine(launch.engine_name)
+        alone = sum(other.replica == launch.replica and other.holds for other in world.observed.launches) == 1
+        if launch.life is not Life.ALIVE or launch.stopping_since is not None or engine is None or not alone:
+            continue
+        unchanged = launch.index < engine.spec.replicas and not changes(
+            world.desired, engine, launch, world.observed.gpus
+        )
+        in_time = launch.ready_at is not None or launch.created_at + engine.spec.startup_timeout > NOW
+        if unchanged and in_time:
+            assert launch.id not in acted
+            assert launch in [item.launch for item in plan.kept]
+        else:
+            assert launch.id in acted or any(item.replica == launch.replica for item in plan.unplaced)
+
+
+@many
+@given(worlds())
+def test_no_stranger_is_touched(world: World) -> None:
+    plan = make_plan(world.desired, world.observed, NOW)
+    touched = {action.launch for action in plan.actions} | set(plan.forget)
+    for launch in world.observed.launches:
+        if launch.life in (Life.UNPROVEN, Life.INTENT):
+            assert launch.id not in touched
+
+
+@many
+@given(worlds(busy=False))
+def test_the_order_of_the_file_decides_only_between_equals(world: World) -> None:
+    """What has the only highest priority is placed whatever stands before it."""
+    engines = world.desired.engines
+    if not engines:
+        return
+    turned = replace(world.desired, engines=tuple(reversed(engines)))
+    for engine in engines:
+        if all(engine.spec.priority > other.spec.priority for other in engines if other is not engine):
+            first = placed_of(make_plan(world.desired, world.observed, NOW), engine)
+            assert placed_of(make_plan(turned, world.observed, NOW), engine) == first
+
+
+def placed_of(plan: Plan, engine: Engine) -> dict[str, tuple[str, ...]]:
+    return {
+        action.replica: tuple(gpu.uuid for gpu in action.gpus)
+        for action in plan.actions
+        if action.replica in engine.replicas()
+    }
+
+
+def applied(world: World, plan: Plan, at: float) -> Observed:
+    """The machine after a plan was carried out and every start became ready; stops asked for before have ended too."""
+    gone = {action.launch for action in plan.actions if action.kind != "spawn"} | set(plan.forget)
+    gone |= {launch.id for launch in world.observed.launches if launch.stopping_since is not None and launch.holds}
+    gone -= {item.launch.id for item in plan.kept}
+    found = []
+    for launch in world.observed.launches:
+        if launch.life is Life.UNPROVEN:
+            found.append(launch)
+        elif launch.id not in gone and launch.life is not Life.EXITED:
+            ready = launch.ready_at or at
+            found.append(
+                replace(launch, life=Life.ALIVE, ready=True, ready_at=ready, stopping_since=None, stop_cause="")
+            )
+    for action in plan.actions:
+        if action.kind == "spawn":
+            engine = world.desired.engine(action.replica.rpartition("/")[0])
+            assert engine is not None
+            new = f"new {action.replica}"
+            found.append(
+                Launch(
+                    id=new,
+                    engine_name=engine.name,
+                    index=int(action.replica.rpartition("/")[2]),
+                    spec=engine.record,
+                    secret_marks=secret_marks(engine.secrets, new),
+                    gpus=tuple(gpu.uuid for gpu in action.gpus),
+                    memory_mib=action.memory_mib,
+                    port=action.port,
+                    bind=world.desired.host.bind,
+                    life=Life.ALIVE,
+                    created_at=at,
+                    ready=True,
+                    ready_at=at,
+                )
+            )
+    return replace(world.observed, gpus=tuple(without(gpu, gone) for gpu in world.observed.gpus), launches=tuple(found))
+
+
+def without(gpu: Gpu, gone: set[str]) -> Gpu:
+    freed = sum(process.memory_mib or 0 for process in gpu.processes if process.launch in gone)
+    left = tuple(process for process in gpu.processes if process.launch not in gone)
+    return replace(gpu, processes=left, memory_used_mib=gpu.memory_used_mib - freed)
+
+
+def running(observed: Observed) -> dict[str, Launch]:
+    return {launch.replica: launch for launch in observed.launches if launch.life is Life.ALIVE}
+
+
+@many
+@given(worlds())
+def test_a_plan_that_was_carried_out_leaves_exactly_what_is_wanted_and_nothing_to_do(world: World) -> None:
+    plan = make_plan(world.desired, world.observed, NOW)
+    later = applied(world, plan, NOW + 1000)
+    refused = {item.replica for item in plan.unplaced}
+    wanted = {replica for engine in world.desired.engines for replica in engine.replicas()}
+    intents = {launch.replica for launch in world.observed.launches if launch.life is Life.INTENT}
+    unproven = {launch.replica for launch in world.observed.launches if launch.life is Life.UNPROVEN}
+    untold = any(process.memory_mib is None for gpu in world.observed.gpus for process in gpu.processes)
+    if intents or untold:
+        return  # what they come to is told by a later look only
+    runs = running(later)
+    assert wanted - refused <= runs.keys()
+    assert runs.keys() - unproven <= wanted
+    for replica, launch in runs.items():
+        engine = world.desired.engine(launch.engine_name)
+        assert engine is not None
+        assert replica in refused or not changes(world.desired, engine, launch, later.gpus)
+    second = make_plan(world.desired, later, NOW + 2000)
+    assert check_plan(world.desired, later, second) == []
+    assert not second.actions, plan_text(second, NOW + 2000)
+    assert {item.replica for item in second.unplaced} == refused
+    assert not second.waiting

@@ -1,0 +1,182 @@
+"""A machine written down in a few readable lines of YAML, turned into what the planner is given.
+
+Times are ages: ``ready: 5m`` is "ready for five minutes". Launches run what the case's ``ran`` file says
+(its ``file`` where it has none), so that drift is real.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sage_reconcile.core.lifecycle import StopCause
+from sage_reconcile.core.memory import parameters_from_config, promised_mib
+from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, ModelFacts, Observed, Port
+from sage_reconcile.core.resolve import secret_marks
+from sage_reconcile.core.spec import Desired
+from sage_reconcile.core.units import read_seconds, size_mib
+from tests.reading import desired
+
+NOW = 1_000_000.0
+READY_AFTER_S = 60.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One golden case."""
+
+    path: Path
+    about: str
+    desired: Desired
+    observed: Observed
+    now: float
+    tried: frozenset[str] | None
+    plan: str
+
+
+def load(path: Path) -> Case:
+    data = yaml.safe_load(path.read_text())
+    unknown = data.keys() - {"about", "file", "ran", "environ", "ran_environ", "observed", "now", "tried", "plan"}
+    assert not unknown, f"{path.name}: unknown keys {sorted(unknown)}"
+    environ = data.get("environ", {})
+    now = float(data.get("now", NOW))
+    wanted = desired(data["file"], environ)
+    ran = desired(data.get("ran", data["file"]), data.get("ran_environ", environ))
+    observed = world(data.get("observed", {}), ran, now)
+    tried = frozenset(data["tried"]) if "tried" in data else None
+    return Case(path, data["about"], wanted, observed, now, tried, data.get("plan", ""))
+
+
+def world(data: Mapping[str, Any], ran: Desired, now: float) -> Observed:
+    unknown = data.keys() - {"gpus", "gpu_note", "launches", "ports", "models"}
+    assert not unknown, f"observed: unknown keys {sorted(unknown)}"
+    models = {name: _facts(facts) for name, facts in data.get("models", {}).items()}
+    bare = tuple(_gpu(index, item) for index, item in enumerate(data.get("gpus", [])))
+    launches: list[Launch] = []
+    held: dict[str, list[GpuProcess]] = {}
+    for number, item in enumerate(data.get("launches", [])):
+        launch = _launch(item, number, ran=ran, gpus=bare, models=models, now=now)
+        launches.append(launch)
+        for process, uuid in _held(item, launch):
+            held.setdefault(uuid, []).append(process)
+    gpus = tuple(
+        _filled(gpu, item, held.get(gpu.uuid, [])) for gpu, item in zip(bare, data.get("gpus", []), strict=True)
+    )
+    ports = tuple(Port(int(number), holder or "") for number, holder in data.get("ports", {}).items())
+    return Observed(gpus, tuple(launches), ports, models, data.get("gpu_note", ""))
+
+
+def _facts(facts: Mapping[str, Any]) -> ModelFacts:
+    if "config" in facts:
+        return ModelFacts(parameters_from_config(facts["config"]), "config.json")
+    return ModelFacts(facts.get("parameters"), str(facts.get("source", "config.json")))
+
+
+def _gpu(index: int, item: Any) -> Gpu:
+    """``H100 80GiB``, or a map with that under ``gpu``."""
+    fields = item if isinstance(item, dict) else {"gpu": item}
+    unknown = fields.keys() - {"gpu", "reserve", "strangers", "problem", "simulated", "used", "pci"}
+    assert not unknown, f"gpu: unknown keys {sorted(unknown)}"
+    name, size = fields["gpu"].rsplit(" ", 1)
+    return Gpu(
+        uuid=f"GPU-{index}",
+        index=index,
+        name=name,
+        pci_id=fields.get("pci", f"0000:{index:02x}:00.0"),
+        memory_total_mib=size_mib(size),
+        memory_reserved_mib=size_mib(fields["reserve"]) if "reserve" in fields else 0,
+        problem=fields.get("problem", ""),
+        simulated=fields.get("simulated", False),
+    )
+
+
+def _filled(gpu: Gpu, item: Any, ours: list[GpuProcess]) -> Gpu:
+    fields = item if isinstance(item, dict) else {}
+    strangers = [_stranger(text) for text in fields.get("strangers", [])]
+    processes = (*ours, *strangers)
+    used = sum(process.memory_mib or 0 for process in processes)
+    return Gpu(
+        **{name: getattr(gpu, name) for name in gpu.__slots__}
+        | {"processes": processes, "memory_used_mib": size_mib(fields["used"]) if "used" in fields else used}
+    )
+
+
+def _stranger(text: str) -> GpuProcess:
+    """``812 alice python 10GiB``; ``?`` for a size that is not told."""
+    pid, user, command, size = text.split()
+    return GpuProcess(int(pid), None if size == "?" else size_mib(size), user, command)
+
+
+_LAUNCH_KEYS = {
+    *("run", "gpu", "port", "state", "age", "ready", "stopping", "why", "exit", "ended", "failures", "restarts"),
+    *("memory", "holds", "id", "pid", "bind", "without", "with"),
+}
+_LIFE = {"ready": Life.ALIVE, "loading": Life.ALIVE, "degraded": Life.ALIVE, "stopping": Life.ALIVE}
+
+
+def _launch(
+    item: Mapping[str, Any],
+    number: int,
+    *,
+    ran: Desired,
+    gpus: tuple[Gpu, ...],
+    models: Mapping[str, ModelFacts],
+    now: float,
+) -> Launch:
+    unknown = item.keys() - _LAUNCH_KEYS
+    assert not unknown, f"launch: unknown keys {sorted(unknown)}"
+    name, index = re.fullmatch(r"(.+)/(\d+)", item["run"]).groups()
+    engine = ran.engine(name)
+    assert engine is not None, f"{name} is in neither `ran` nor `file`"
+    uuids = tuple(f"GPU-{gpu}" for gpu in _list(item.get("gpu", [])))
+    there = [gpu for gpu in gpus if gpu.uuid in uuids]
+    promised = promised_mib(engine.spec, there[0], models.get(engine.spec.model or "")) if there else 0
+    state = item.get("state", "ready")
+    created = now - read_seconds(item.get("age", "1h"))
+    launch_id = item.get("id", f"{name}-{index}-{number}")
+    record = {key: value for key, value in engine.record.items() if key not in item.get("without", [])}
+    has_been_ready = state in ("ready", "degraded") or "ready" in item
+    exited = "exit" in item or "ended" in item
+    return Launch(
+        id=launch_id,
+        engine_name=name,
+        index=int(index),
+        spec=record | item.get("with", {}),
+        secret_marks=secret_marks(engine.secrets, launch_id),
+        gpus=uuids,
+        memory_mib=size_mib(item["memory"]) if "memory" in item else promised or 0,
+        port=item["port"],
+        bind=item.get("bind", ran.host.bind),
+        life=_LIFE.get(state) or Life(state),
+        created_at=created,
+        pid=item.get("pid", 5000 + number),
+        ready=state == "ready",
+        ready_at=(now - read_seconds(item["ready"]) if "ready" in item else created + READY_AFTER_S)
+        if has_been_ready
+        else None,
+        stopping_since=now - read_seconds(item["stopping"]) if "stopping" in item else None,
+        stop_cause=StopCause[item["why"]] if "why" in item else "",
+        exit=Exit(item.get("exit"), now - read_seconds(item["ended"]) if "ended" in item else None) if exited else None,
+        restarts=item.get("restarts", 0),
+        failures=item.get("failures", 0),
+    )
+
+
+def _held(item: Mapping[str, Any], launch: Launch) -> list[tuple[GpuProcess, str]]:
+    """What NVML shows of a launch on each of its GPUs: as much as promised, unless the case says otherwise."""
+    holds = item.get("holds")
+    if (launch.life in (Life.EXITED, Life.INTENT, Life.UNPROVEN) and holds is None) or holds == "nothing":
+        return []
+    mib = None if holds == "unknown" else launch.memory_mib if holds is None else size_mib(holds)
+    launch_id = None if launch.life is Life.UNPROVEN else launch.id
+    process = GpuProcess(launch.pid or 0, mib, "inference", "VLLM::EngineCor", launch_id)
+    return [(process, uuid) for uuid in launch.gpus]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
