@@ -1,0 +1,342 @@
+"""This machine: all the rooms joined into what one pass needs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from sage_reconcile.core import startup_log
+from sage_reconcile.core.command import command_line, environment
+from sage_reconcile.core.memory import parameters_from_config
+from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, ModelFacts, Observed
+from sage_reconcile.core.plan import Action
+from sage_reconcile.core.resolve import secret_marks
+from sage_reconcile.core.spec import Desired, EngineSpec
+from sage_reconcile.errors import StateError
+from sage_reconcile.host import logs, observe, ports, processes
+from sage_reconcile.host.gpus import NvmlInventory, simulated_inventory
+from sage_reconcile.host.observe import Found
+from sage_reconcile.host.probes import Prober, Target, ask_once, loopback
+from sage_reconcile.host.processes import ProcessId
+from sage_reconcile.host.records import Record, Records
+from sage_reconcile.host.state import StateFolder
+from sage_reconcile.simulator import gpus as simulated_gpus
+
+_PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
+
+
+class LocalHost:
+    """The machine this runs on. Only the one who holds the state folder's lock may act or let it write.
+
+    ``folder`` is that of ``engines.yaml``: engines start there, so that relative paths in it mean what they say.
+    """
+
+    def __init__(
+        self, state: StateFolder, folder: Path, environ: Mapping[str, str], prober: Prober | None = None
+    ) -> None:
+        self.state = state
+        self.folder = folder
+        self.environ = environ
+        self.prober = prober
+        self.records = Records(state.launches)
+        self._nvml = NvmlInventory()
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._found: dict[str, Found] = {}
+        self._facts: dict[str, tuple[int, ModelFacts]] = {}
+
+    @property
+    def writes(self) -> bool:
+        """Whether this host acts; one that has no prober only looks."""
+        return self.prober is not None
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return time.time()
+
+    def observe(self, desired: Desired) -> Observed:
+        """One look at the machine.
+
+        Raises:
+            StateError: the records cannot be read, or what was learned cannot be written.
+        """
+        for child in self._children.values():
+            child.poll()  # we are its parent: without this it stays a zombie
+        gpus, note = self._gpus(desired)
+        holding = frozenset(process.pid for gpu in gpus for process in gpu.processes)
+        records, problems = self.records.load()
+        now = self.now()
+        found = {record.id: observe.examine(record, self.records.run_file(record.id), holding) for record in records}
+        if self.writes:
+            records = [record for record in records if not self._undo(record, found[record.id])]
+        self._found = {record.id: found[record.id] for record in records}
+        ready = self._ready(records, found)
+        launches = [self._launch(record, found[record.id], record.id in ready) for record in records]
+        if self.writes:
+            for record in records:
+                self._note(record, found[record.id], record.id in ready, now)
+        return Observed(
+            gpus=tuple(self._owned(gpu, records) for gpu in gpus),
+            launches=tuple(launches),
+            ports=ports.in_use(desired, {record.port for record in records if not record.ended}),
+            models=self._model_facts(desired),
+            gpu_note=note,
+            problems=tuple(problems),
+        )
+
+    def _gpus(self, desired: Desired) -> tuple[tuple[Gpu, ...], str]:
+        declared = desired.host.gpus
+        if declared == "none":
+            return (), "`host.gpus: none`"
+        if declared == "auto":
+            return self._nvml.read()
+        usage = simulated_gpus.usage(self.state.simulated_gpus)
+        return simulated_inventory([(gpu.name, gpu.memory, gpu.count) for gpu in declared], usage), ""
+
+    def _owned(self, gpu: Gpu, records: Iterable[Record]) -> Gpu:
+        """The GPU with each process given to the launch in whose session it is, and strangers named."""
+        here = [r for r in records if self._found[r.id].life not in (Life.EXITED, Life.UNPROVEN)]
+        sessions = {found.session: record.id for record in here if (found := self._found[record.id]).session}
+        members = {member[0]: record.id for record in here for member in [record.leader, *record.members] if member}
+        owned: list[GpuProcess] = []
+        for process in gpu.processes:
+            stat = processes.read_stat(process.pid)
+            launch = sessions.get(stat.session) if stat else members.get(process.pid)
+            user, command = ("", "") if launch else _user_and_command(process.pid)
+            owned.append(GpuProcess(process.pid, process.memory_mib, user, command, launch))
+        return dataclasses.replace(gpu, processes=tuple(owned))
+
+    def _undo(self, record: Record, found: Found) -> bool:
+        """A start that was recorded and never happened leaves nothing but the record."""
+        if found.never_started and not record.ended and record.boot_id == processes.boot_id():
+            self.forget(record.id)
+            return True
+        return False
+
+    def _ready(self, records: Iterable[Record], found: Mapping[str, Found]) -> set[str]:
+        running = [
+            Target(record.id, loopback(record.bind), record.port, record.ready_at is not None)
+            for record in records
+            if found[record.id].life is Life.ALIVE
+        ]
+        if self.prober is None:
+            return ask_once(running)
+        self.prober.follow(running)
+        return {target.launch_id for target in running if self.prober.ready(target.launch_id)}
+
+    def _launch(self, record: Record, found: Found, ready: bool) -> Launch:
+        ended = found.life in (Life.EXITED, Life.LEFTOVER)
+        starting = found.life is Life.ALIVE and record.ready_at is None and not ready
+        return Launch(
+            id=record.id,
+            engine_name=record.engine_name,
+            index=record.index,
+            spec=record.spec,
+            secret_marks=record.secret_marks,
+            gpus=tuple(record.gpus),
+            memory_mib=record.memory_mib,
+            port=record.port,
+            bind=record.bind,
+            life=found.life,
+            created_at=record.created_at,
+            pid=found.leader.pid if found.leader else None,
+            ready=ready,
+            ready_at=record.ready_at or (self.now() if ready else None),
+            stopping_since=record.stopping_since,
+            stop_cause=record.stop_cause,
+            exit=Exit(found.exit_code, found.ended_at or record.ended_at) if ended else None,
+            restarts=record.restarts,
+            failures=record.failures,
+            log_path=record.log_path,
+            stage=startup_log.stage(logs.tail(Path(record.log_path), 40)) if starting else "",
+        )
+
+    def _note(self, record: Record, found: Found, ready: bool, now: float) -> None:
+        """Puts on record what was learned: who the leader is, that it got ready, how it ended."""
+        before = (record.leader, record.ready_at, record.ended, record.members)
+        if found.life is Life.ALIVE and not record.leader and found.leader is not None:
+            full = processes.identify(found.leader.pid)
+            if full is not None and full.start_ticks == found.leader.start_ticks:
+                record.leader = [full.pid, full.start_ticks, full.inode]
+        if ready and record.ready_at is None:
+            record.ready_at = now
+            members = processes.session_members(found.session)
+            record.members = [[stat.pid, stat.start_ticks, 0] for stat in members]
+        if found.life is Life.EXITED and not record.ended:
+            record.ended = True
+            record.exit_code = found.exit_code
+            record.ended_at = found.ended_at or now
+            shutil.rmtree(self.state.temporary(record.id), ignore_errors=True)
+            self._children.pop(record.id, None)
+        if before != (record.leader, record.ready_at, record.ended, record.members):
+            self.records.save(record)
+
+    def _model_facts(self, desired: Desired) -> dict[str, ModelFacts]:
+        facts: dict[str, ModelFacts] = {}
+        for engine in desired.engines:
+            model = engine.spec.model
+            if model is None or engine.spec.memory.kind != "auto" or model in facts:
+                continue
+            config = self.folder / model / "config.json"
+            with contextlib.suppress(OSError, ValueError):
+                changed = config.stat().st_mtime_ns
+                if self._facts.get(model, (0, None))[0] != changed:
+                    data = json.loads(config.read_text(encoding="utf-8"))
+                    parameters = parameters_from_config(data) if isinstance(data, dict) else None
+                    self._facts[model] = (changed, ModelFacts(parameters, str(config)))
+                facts[model] = self._facts[model][1]
+        return facts
+
+    def watched(self) -> dict[tuple[str, int], ProcessId]:
+        """The leaders whose end should wake the daemon, by launch and pid."""
+        return {
+            (launch_id, found.leader.pid): found.leader
+            for launch_id, found in self._found.items()
+            if found.life is Life.ALIVE and found.leader is not None
+        }
+
+    def carry_out(self, action: Action, desired: Desired) -> None:
+        """Does what the action says, and nothing else.
+
+        Raises:
+            SpawnError: the process could not be started; its record is taken back.
+            StateError: the intent could not be written; nothing was done.
+        """
+        if action.kind == "spawn":
+            self._spawn(action, desired)
+        elif action.kind == "stop":
+            self._stop(action)
+        else:
+            self._kill(action.launch)
+
+    def _spawn(self, action: Action, desired: Desired) -> None:
+        name, _, index = action.replica.rpartition("/")
+        engine = desired.engine(name)
+        assert engine is not None, "check_plan lets no engine through that is not in the file"
+        launch_id, now = secrets.token_hex(4), self.now()
+        log = self.state.log(name, int(index), now, launch_id)
+        record = Record(
+            id=launch_id,
+            engine_name=name,
+            index=int(index),
+            spec=dict(engine.record),
+            secret_marks=secret_marks(engine.secrets, launch_id),
+            gpus=[gpu.uuid for gpu in action.gpus],
+            memory_mib=action.memory_mib,
+            port=action.port,
+            bind=desired.host.bind,
+            created_at=now,
+            boot_id=processes.boot_id(),
+            restarts=action.restarts,
+            failures=action.failures,
+            log_path=str(log),
+        )
+        argv = command_line(
+            engine.spec,
+            name,
+            python=sys.executable,
+            bind=desired.host.bind,
+            port=action.port,
+            gpus=action.gpus,
+            memory_mib=action.memory_mib,
+        )
+        self.records.save(record)
+        try:
+            for folder in (self.state.temporary(launch_id), log.parent):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            environ = self._environment(engine.spec, engine.env, action, launch_id, desired)
+            run_file = self.records.run_file(launch_id)
+            self._children[launch_id] = processes.spawn(
+                action.replica, argv, environ, folder=self.folder, log=log, run_file=run_file
+            )
+        except OSError as error:
+            self.forget(launch_id)
+            raise StateError(f"{error.filename}: cannot be made: {error.strerror}") from error
+        except BaseException:
+            self.forget(launch_id)
+            raise
+        logs.prune(log.parent)
+
+    def _environment(
+        self, spec: EngineSpec, overlay: Mapping[str, str], action: Action, launch_id: str, desired: Desired
+    ) -> dict[str, str]:
+        environ = environment(self.environ, overlay, action.gpus)
+        environ[processes.LAUNCH_VARIABLE] = launch_id
+        environ["SAGE_RECONCILE_REPLICA"] = action.replica
+        environ["PYTHONSAFEPATH"] = "1"  # a folder called vllm beside engines.yaml must not shadow the package
+        temporary = str(self.state.temporary(launch_id))
+        if len(temporary) <= 70:  # a socket's path may have 107 bytes, and vLLM adds a name of 37
+            environ["TMPDIR"] = environ["VLLM_RPC_BASE_PATH"] = temporary
+        if spec.runtime == "simulator":
+            path = environ.get("PYTHONPATH")
+            environ["PYTHONPATH"] = os.pathsep.join([_PACKAGE_PARENT, path] if path else [_PACKAGE_PARENT])
+            if isinstance(desired.host.gpus, tuple) and action.gpus:
+                self._write_simulated_gpus(desired)
+                environ["SAGE_RECONCILE_SIMULATED_GPUS"] = str(self.state.simulated_gpus)
+        return environ
+
+    def _write_simulated_gpus(self, desired: Desired) -> None:
+        declared = [(gpu.name, gpu.memory, gpu.count) for gpu in desired.host.gpus if not isinstance(gpu, str)]
+        inventory = [
+            {"uuid": gpu.uuid, "name": gpu.name, "memory_total_mib": gpu.memory_total_mib}
+            for gpu in simulated_inventory(declared, {})
+        ]
+        simulated_gpus.write_inventory(self.state.simulated_gpus, inventory)
+
+    def _stop(self, action: Action) -> None:
+        """SIGTERM, and only then the note that it was sent: after a crash between the two it is sent again."""
+        record = self._record(action.launch)
+        found = self._found.get(action.launch)
+        if record is None or found is None or found.leader is None:
+            return
+        record.members = [[s.pid, s.start_ticks, 0] for s in processes.session_members(found.session)]
+        self.records.save(record)
+        processes.send(found.leader, signal.SIGTERM)
+        record.stopping_since, record.stop_cause = self.now(), str(action.stop_cause)
+        self.records.save(record)
+
+    def _kill(self, launch_id: str) -> None:
+        """SIGKILL to all that is proven to be of this launch; what is born meanwhile is found by the next pass."""
+        record, found = self._record(launch_id), self._found.get(launch_id)
+        if record is None or found is None or found.leader is None:
+            return
+        members, _ = observe.proven_members(record, found.session, found.leader)
+        processes.kill_all([found.leader, *observe.identities(members)])
+
+    def _record(self, launch_id: str) -> Record | None:
+        return next((record for record in self.records.load()[0] if record.id == launch_id), None)
+
+    def forget(self, launch_id: str) -> None:
+        """Drops the record of a launch that has ended, and what it left in the state folder; not its log."""
+        shutil.rmtree(self.state.temporary(launch_id), ignore_errors=True)
+        self.records.drop(launch_id)
+        self._children.pop(launch_id, None)
+
+    def tidy(self) -> None:
+        """Keeps the logs of running replicas below their size limit."""
+        for record in self.records.load()[0]:
+            if not record.ended:
+                logs.limit(Path(record.log_path))
+
+
+def _user_and_command(pid: int) -> tuple[str, str]:
+    """Who runs a process and what it is called; empty where that cannot be told."""
+    try:
+        uid = Path(f"/proc/{pid}").stat().st_uid
+        command = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return "", ""
+    try:
+        return pwd.getpwuid(uid).pw_name, command
+    except KeyError:
+        return str(uid), command

@@ -1,0 +1,49 @@
+"""The logs of launches: their last lines, how many are kept, how large they grow."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+KEPT = 5
+"""Logs kept of each replica, the newest first."""
+LIMIT_BYTES = 64 << 20
+_KEEP_BYTES = 16 << 20
+_TAIL_BYTES = 64 << 10
+
+
+def tail(path: Path, count: int) -> list[str]:
+    """The last lines; progress bars (carriage returns) count as lines. Empty where there is no log."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            content = file.read()
+    except OSError:
+        return []
+    return content.decode("utf-8", errors="replace").replace("\r", "\n").rstrip("\n").split("\n")[-count:]
+
+
+def newest(folder: Path) -> list[Path]:
+    """The logs of a replica, the newest first."""
+    return sorted(folder.glob("*.log"), reverse=True)
+
+
+def prune(folder: Path) -> None:
+    """Removes all but the newest logs of a replica."""
+    for path in newest(folder)[KEPT:]:
+        path.unlink(missing_ok=True)
+
+
+def limit(path: Path) -> None:
+    """Cuts a log that has grown past its limit down to its end. Writers append, so they are not disturbed."""
+    try:
+        if path.stat().st_size <= LIMIT_BYTES:
+            return
+        with path.open("rb+") as file:
+            file.seek(-_KEEP_BYTES, os.SEEK_END)
+            end = file.read()
+            file.seek(0)
+            file.truncate()
+            file.write(b"[the beginning of this log was cut off]\n" + end[end.find(b"\n") + 1 :])
+    except OSError:
+        return
