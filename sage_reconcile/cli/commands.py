@@ -1,0 +1,341 @@
+"""What the commands do. Each returns its exit code; errors of our own tree are raised."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from sage_reconcile.cli import rendering
+from sage_reconcile.core.plan_text import plan_text
+from sage_reconcile.core.report import plan_document, status_document
+from sage_reconcile.core.spec import Desired, HostSpec
+from sage_reconcile.errors import FileFaults, LockHeld, NotFound, SageReconcileError
+from sage_reconcile.host import files
+from sage_reconcile.host import logs as log_files
+from sage_reconcile.host.local import LocalHost
+from sage_reconcile.host.state import Holder, StateFolder, default_folder, this_process
+from sage_reconcile.reconcile import Pass, look
+
+CHANGES, UNPLACED = 2, 3
+
+
+def file_path(given: Path | None) -> Path:
+    """The file that is meant, as an absolute path with its links as they are."""
+    return Path.cwd() / (given or files.default_file())
+
+
+def state_folder(given: Path | None) -> StateFolder:
+    """The state folder that is meant."""
+    return StateFolder(Path.cwd() / (given or default_folder(os.environ)))
+
+
+def init(given: Path | None, *, force: bool) -> int:
+    """``init``."""
+    from sage_reconcile.core.starter import starter
+    from sage_reconcile.host.gpus import NvmlInventory
+
+    path = file_path(given or Path("engines.yaml"))
+    if path.exists() and not force:
+        raise SageReconcileError(f"{path} is there already; edit it, or replace it with --force")
+    inventory = NvmlInventory()
+    gpus, why = inventory.read()
+    inventory.close()
+    try:
+        path.write_text(starter(gpus, why), encoding="utf-8")
+    except OSError as error:
+        raise SageReconcileError(f"{path} cannot be written: {error.strerror}") from error
+    print(f"Wrote {path}. Look at it, then: sage-reconcile diff{_file_option(given)}")
+    return 0
+
+
+def validate(given: Path | None, as_json: bool) -> int:
+    """``validate``."""
+    path = file_path(given)
+    faults: tuple[Any, ...] = ()
+    engines = 0
+    try:
+        engines = len(files.load(path, os.environ).desired.engines)
+    except FileFaults as error:
+        faults = error.faults
+    if as_json:
+        names = ("line", "column", "where", "message", "fix")
+        rows = [{name: getattr(fault, name) for name in names} for fault in faults]
+        print(json.dumps({"version": 1, "file": str(path), "valid": not faults, "faults": rows}, indent=2))
+    elif faults:
+        for fault in faults:
+            print(fault.text(_short(path)), file=sys.stderr)
+        print(f"{len(faults)} {'fault' if len(faults) == 1 else 'faults'}.", file=sys.stderr)
+    else:
+        print(f"{_short(path)} is valid: {engines} {'engine' if engines == 1 else 'engines'}.")
+    return 1 if faults else 0
+
+
+def diff(given: Path | None, state_dir: Path | None, as_json: bool) -> int:
+    """``diff``."""
+    path, state = file_path(given), state_folder(state_dir)
+    desired = files.load(path, os.environ).desired
+    seen = look(LocalHost(state, path.parent, os.environ), desired)
+    if as_json:
+        print(json.dumps(plan_document(seen.plan), indent=2))
+    else:
+        _other_file(path, state)
+        _show_plan(seen)
+    if seen.plan.unplaced:
+        return UNPLACED
+    return 0 if seen.plan.in_sync else CHANGES
+
+
+def apply(given: Path | None, state_dir: Path | None, *, yes: bool) -> int:
+    """``apply``: by itself, or by the daemon where one follows the same file."""
+    from sage_reconcile.cli import following
+
+    path, state = file_path(given), state_folder(state_dir)
+    loaded = files.load(path, os.environ)
+    daemon = _daemon_of(path, state)
+    host = LocalHost(state, path.parent, os.environ)
+    seen = look(host, loaded.desired, tried=frozenset())
+    _other_file(path, state)
+    _show_plan(seen)
+    seen_text = _plan_text(seen)
+    while any(seen.plan.actions) and not yes:
+        if not _confirmed("Do this?"):
+            return 1
+        seen = look(host, loaded.desired, tried=frozenset())
+        if _plan_text(seen) == seen_text:
+            break
+        seen_text = _plan_text(seen)
+        print("The machine has changed meanwhile; this is the plan now:\n")
+        _show_plan(seen)
+    if daemon is not None:
+        document = following.follow_daemon(state, daemon, loaded.desired.digest)
+    else:
+        document = following.settle_here(path, state, loaded.desired, loaded.text)
+    return following.conclude(document, _program(given, state_dir))
+
+
+def down(given: Path | None, state_dir: Path | None, *, yes: bool) -> int:
+    """``down``."""
+    from sage_reconcile.cli import following
+
+    state = state_folder(state_dir)
+    path = file_path(given)
+    holding = state.holder()
+    if holding is not None:
+        raise LockHeld(f"{holding.text()} would start them again; end it first (kill {holding.pid})")
+    desired = Desired(_host_spec(path), (), unwanted="all engines were asked to stop")
+    seen = look(LocalHost(state, path.parent, os.environ), desired)
+    if seen.plan.in_sync:
+        print("No engine runs.")
+        return 0
+    _show_plan(seen)
+    if not yes and not _confirmed("Stop them?"):
+        return 1
+    document = following.settle_here(path, state, desired, None, role="down")
+    left = [replica["name"] for engine in document["engines"] for replica in engine["replicas"]]
+    if left:
+        rendering.error(f"still there: {', '.join(left)}")
+        return 1
+    print("All engines are stopped.")
+    return 0
+
+
+def run(given: Path | None, state_dir: Path | None) -> int:
+    """``run``."""
+    from sage_reconcile.daemon import Daemon
+    from sage_reconcile.log import configure
+
+    path, state = file_path(given), state_folder(state_dir)
+    state.take_lock(this_process("daemon", path))
+    try:
+        asyncio.run(Daemon(path, state, os.environ, configure()).run())
+    finally:
+        state.release_lock()
+    return 0
+
+
+def status(given: Path | None, state_dir: Path | None, as_json: bool, *, watch: bool) -> int:
+    """``status``."""
+    path, state = file_path(given), state_folder(state_dir)
+    while True:
+        document = read_status(path, state)
+        if watch and not as_json:
+            print("\033[H\033[2J" if sys.stdout.isatty() else "", end="")
+        _show_status(document, as_json)
+        if not watch:
+            return 0
+        sys.stdout.flush()
+        time.sleep(1)
+
+
+def read_status(path: Path, state: StateFolder) -> dict[str, Any]:
+    """Engines and GPUs as they are now, the file, its generation, and who follows it."""
+    told = state.read_json("status.json")
+    known = state.read_json("generation.json")
+    file_error, generation = "", int(known.get("generation") or 0)
+    observed_generation = generation
+    try:
+        desired = files.load(path, os.environ).desired
+        generation, _ = state.generation(desired.digest)
+    except FileFaults as error:
+        file_error = str(error)
+        desired = _last_good(path, state) or Desired(HostSpec(), ())
+    seen = look(LocalHost(state, path.parent, os.environ), desired)
+    holding = state.holder()
+    document = {
+        "file": str(path),
+        "file_error": file_error,
+        "generation": generation,
+        "observed_generation": observed_generation,
+        "daemon": {"pid": holding.pid, "since": holding.since} if holding and holding.role == "daemon" else None,
+        **status_document(desired, seen.observed, seen.plan, seen.now),
+    }
+    if holding and holding.role == "daemon" and told.get("pid") == holding.pid:
+        document["observed_generation"] = told.get("generation", observed_generation)
+    if file_error:
+        document["converged"] = False
+    return document
+
+
+def _last_good(path: Path, state: StateFolder) -> Desired | None:
+    if state.read_json("generation.json").get("file") != str(path):
+        return None
+    try:
+        text = (state.path / "last-good.yaml").read_text(encoding="utf-8")
+        return files.load_text(text, path, os.environ).desired
+    except (OSError, FileFaults):
+        return None
+
+
+def _show_status(document: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(document, indent=2))
+        return
+    if document["file_error"]:
+        rendering.error(f"{document['file_error']}\nWhat was valid last stays in force.")
+    rendering.show_status(document, time.time())
+    daemon = document["daemon"]
+    follows = f"the daemon (pid {daemon['pid']}) follows it" if daemon else "no daemon follows it"
+    late = "" if document["generation"] == document["observed_generation"] else ", not applied yet"
+    print(f"\n{_short(Path(document['file']))}, generation {document['generation']}{late}; {follows}.")
+
+
+def logs(name: str, given: Path | None, state_dir: Path | None, *, lines: int, follow: bool) -> int:
+    """``logs``."""
+    state = state_folder(state_dir)
+    engine, _, index = name.partition("/")
+    folders = sorted((state.path / "logs").glob(f"{engine}.*" if not index else f"{engine}.{index}"))
+    newest = [found[0] for folder in folders if _is_of(folder, engine) and (found := log_files.newest(folder))]
+    if not newest:
+        raise NotFound(f"{name} has no log in {state.path / 'logs'}; {_engines_hint(given)}")
+    try:
+        for path in newest:
+            if len(newest) > 1:
+                print(f"==> {path} <==")
+            print("\n".join(log_files.tail(path, lines)) if lines else "", end="\n" if lines else "")
+        while follow:
+            newest = [_follow(path) for path in newest]
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _is_of(folder: Path, engine: str) -> bool:
+    name, _, index = folder.name.rpartition(".")
+    return name == engine and index.isdecimal()
+
+
+def _engines_hint(given: Path | None) -> str:
+    try:
+        names = [engine.name for engine in files.load(file_path(given), os.environ).desired.engines]
+    except FileFaults:
+        return "see `sage-reconcile status` for what runs"
+    return f"the file names {', '.join(names)}" if names else "the file names no engine"
+
+
+def _follow(path: Path) -> Path:
+    """Prints what is added to a log until a newer one takes its place."""
+    with path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        while True:
+            if os.fstat(file.fileno()).st_size < file.tell():
+                file.seek(0)  # it was cut at its size limit
+            sys.stdout.buffer.write(file.read())
+            sys.stdout.flush()
+            newer = log_files.newest(path.parent)[0]
+            if newer != path:
+                print(f"==> {newer} <==")
+                return newer
+            time.sleep(0.2)
+
+
+def schema() -> int:
+    """``schema``."""
+    from sage_reconcile.core.schema import file_schema
+
+    print(json.dumps(file_schema(), indent=2))
+    return 0
+
+
+def _daemon_of(path: Path, state: StateFolder) -> Holder | None:
+    """The daemon that follows this very file, or None where nobody reconciles.
+
+    Raises:
+        LockHeld: somebody else does.
+    """
+    holding = state.holder()
+    if holding is None:
+        return None
+    if holding.role == "daemon" and holding.file == str(path):
+        return holding
+    raise LockHeld(f"{state.path} is in use by {holding.text()}; wait for it or end it, or use another --state-dir")
+
+
+def _host_spec(path: Path) -> HostSpec:
+    try:
+        return files.load(path, os.environ).desired.host
+    except FileFaults:
+        return HostSpec()
+
+
+def _plan_text(seen: Pass) -> str:
+    return plan_text(seen.plan, seen.now)
+
+
+def _show_plan(seen: Pass) -> None:
+    rendering.show_plan(_plan_text(seen))
+
+
+def _other_file(path: Path, state: StateFolder) -> None:
+    before = state.read_json("generation.json").get("file")
+    if before and before != str(path):
+        rendering.note(f"the engines of {state.path} were started from {before}; what {path} does not name is stopped")
+
+
+def _confirmed(question: str) -> bool:
+    if not sys.stdin.isatty():
+        rendering.error("there is no terminal to ask on; say --yes to go ahead without being asked")
+        return False
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _short(path: Path) -> str:
+    """The path as a person would write it from here."""
+    relative = os.path.relpath(path)
+    return relative if not relative.startswith("..") else str(path)
+
+
+def _file_option(given: Path | None) -> str:
+    return f" -f {given}" if given else ""
+
+
+def _program(given: Path | None, state_dir: Path | None) -> str:
+    """How to call us again from here with the same file and state folder."""
+    name = sys.argv[0] if os.sep in sys.argv[0] else "sage-reconcile"
+    if name.endswith("__main__.py"):
+        name = f"{sys.executable} -m sage_reconcile"
+    return f"{name} {{}}{_file_option(given)}{f' --state-dir {state_dir}' if state_dir else ''}"

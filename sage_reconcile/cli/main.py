@@ -1,0 +1,186 @@
+"""The command line: options and help. What the commands do is in ``commands``; it is imported when needed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from sage_reconcile import __version__
+
+USAGE = 64
+"""Exit code for wrong usage (EX_USAGE); 2 means that there are changes."""
+
+app = typer.Typer(
+    name="sage-reconcile",
+    help="Edit engines.yaml, and the inference engines on this machine follow.",
+    epilog="Exit codes: 0 in sync, 1 error, 2 changes (diff), 3 something cannot be placed, 64 wrong usage, "
+    "75 someone else reconciles with this state folder.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+
+File = Annotated[
+    Path | None,
+    typer.Option(
+        "-f",
+        "--file",
+        envvar="SAGE_RECONCILE_FILE",
+        help="The file; default ./engines.yaml, else /etc/sage-reconcile/engines.yaml.",
+        show_default=False,
+    ),
+]
+State = Annotated[
+    Path | None,
+    typer.Option(
+        "--state-dir",
+        envvar="SAGE_RECONCILE_STATE_DIR",
+        help="Where is kept what was started; default $STATE_DIRECTORY, /var/lib/sage-reconcile for root, "
+        "else ~/.local/state/sage-reconcile.",
+        show_default=False,
+    ),
+]
+Output = Annotated[str, typer.Option("-o", "--output", help="text or json.", metavar="text|json")]
+Yes = Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")]
+
+
+class Finished(Exception):
+    """A command has come to its end."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"sage-reconcile {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command()
+def init(
+    file: File = None, force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False
+) -> None:
+    """Write a commented engines.yaml that fits this machine."""
+    from sage_reconcile.cli import commands
+
+    raise Finished(commands.init(file, force=force))
+
+
+@app.command()
+def validate(file: File = None, output: Output = "text") -> None:
+    """Check the file; tell every fault with its place and what would be right."""
+    from sage_reconcile.cli import commands
+
+    raise Finished(commands.validate(file, _format(output)))
+
+
+@app.command()
+def diff(file: File = None, state_dir: State = None, output: Output = "text") -> None:
+    """Show what apply would do, and why. Exits 0 in sync, 2 changes, 3 something cannot be placed."""
+    from sage_reconcile.cli import commands
+
+    raise Finished(commands.diff(file, state_dir, _format(output)))
+
+
+@app.command()
+def apply(file: File = None, state_dir: State = None, yes: Yes = False) -> None:
+    """Make the machine follow the file, and wait until it does."""
+    from sage_reconcile.cli import commands
+
+    raise Finished(commands.apply(file, state_dir, yes=yes))
+
+
+@app.command()
+def down(file: File = None, state_dir: State = None, yes: Yes = False) -> None:
+    """Stop all engines of this state folder; the file stays as it is."""
+    from sage_reconcile.cli import commands
+
+    raise Finished(commands.down(file, state_dir, yes=yes))
+
+
+@app.command()
+def run(file: File = None, state_dir: State = None) -> None:
+    """Run the daemon: follow the file, start again what dies. Its end stops no engine."""
+    from sage_reconcile.cli import commands
+
+    raise Finished(commands.run(file, state_dir))
+
+
+@app.command()
+def status(
+    file: File = None,
+    state_dir: State = None,
+    output: Output = "text",
+    watch: Annotated[bool, typer.Option("-w", "--watch", help="Show it again every second.")] = False,
+) -> None:
+    """Show engines, replicas and GPUs as they are, whether the daemon runs or not."""
+    from sage_reconcile.cli import commands
+
+    raise Finished(commands.status(file, state_dir, _format(output), watch=watch))
+
+
+@app.command()
+def logs(
+    name: Annotated[str, typer.Argument(help="An engine, or one of its replicas such as chat/0.")],
+    file: Annotated[
+        Path | None, typer.Option("--file", envvar="SAGE_RECONCILE_FILE", help="The file.", show_default=False)
+    ] = None,
+    state_dir: State = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as it grows.")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many of the last lines.")] = 100,
+) -> None:
+    """Show the log of an engine's latest launch."""
+    from sage_reconcile.cli import commands
+
+    raise Finished(commands.logs(name, file, state_dir, lines=lines, follow=follow))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of engines.yaml."""
+    from sage_reconcile.cli import commands
+
+    raise Finished(commands.schema())
+
+
+def _format(output: str) -> bool:
+    """Whether JSON is asked for."""
+    if output not in ("text", "json"):
+        raise typer.BadParameter(f"{output!r} is not an output format; write text or json", param_hint="-o")
+    return output == "json"
+
+
+def main() -> NoReturn:
+    """The entry point. Usage errors exit with 64, since 2 means something else here."""
+    from sage_reconcile.errors import SageReconcileError
+
+    try:
+        app()
+    except Finished as finished:
+        sys.exit(finished.code)
+    except SageReconcileError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except SystemExit as end:
+        sys.exit(USAGE if end.code == 2 else end.code)
+    sys.exit(0)

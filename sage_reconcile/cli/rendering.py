@@ -1,0 +1,174 @@
+"""Plans, tables and progress for people."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+import typer
+
+_COLOURS = {"+": "green", "-": "red", "~": "yellow", "!": "magenta"}
+_PHASES = {"Ready": "green", "Starting": "yellow", "Stopping": "yellow", "Pending": "magenta", "BackOff": "red"}
+
+
+def colours(stream: TextIO) -> bool:
+    """Whether colours are wanted: on a terminal, and NO_COLOR is not set (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def show_plan(text: str) -> None:
+    """Prints the text of a plan, its lines coloured by their sign."""
+    for line in text.splitlines():
+        colour = _COLOURS.get(line[:1]) if line[1:2] == " " and colours(sys.stdout) else None
+        print(typer.style(line, fg=colour) if colour else line)
+
+
+def error(message: str) -> None:
+    """Prints an error where it belongs."""
+    prefix = typer.style("error:", fg="red", bold=True) if colours(sys.stderr) else "error:"
+    print(f"{prefix} {message}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """Prints something to know that is no result."""
+    print(f"note: {message}", file=sys.stderr)
+
+
+def show_status(document: Mapping[str, Any], now: float) -> None:
+    """Prints engines, replicas and GPUs as tables."""
+    replicas = [(engine, replica) for engine in document["engines"] for replica in engine["replicas"]]
+    rows = [
+        (
+            replica["name"],
+            str(engine["model"] or ""),
+            replica["phase"] + (f" ({replica['stage']})" if replica["stage"] else ""),
+            ",".join(str(gpu["index"]) for gpu in replica["gpus"]) or "-",
+            f"{replica['memory_mib'] / 1024:.1f}GiB" if replica["gpus"] else "-",
+            str(replica["port"] or "-"),
+            str(replica["pid"] or "-"),
+            str(replica["restarts"]),
+            _age(now - replica["started_at"]) if replica["started_at"] else "-",
+        )
+        for engine, replica in replicas
+    ]
+    heads = ("REPLICA", "MODEL", "PHASE", "GPUS", "MEMORY", "PORT", "PID", "RESTARTS", "SINCE")
+    if rows:
+        _table(heads, rows)
+    else:
+        print("No engine runs, and none is wanted.")
+    for _, replica in replicas:
+        if reason := _reason(replica, now):
+            print(f"  {replica['name']}: {reason}")
+    if document["gpus"]:
+        print()
+        _gpu_table(document["gpus"])
+    for text in document["notes"]:
+        print(f"note: {text}")
+
+
+def _reason(replica: Mapping[str, Any], now: float) -> str:
+    reason = str(replica["reason"])
+    if replica["next_try_at"] is not None:
+        reason += f"; next try in {max(0.0, replica['next_try_at'] - now):.0f}s"
+    return reason
+
+
+def _gpu_table(gpus: Sequence[Mapping[str, Any]]) -> None:
+    def gib(mib: int) -> str:
+        return f"{mib / 1024:.1f}GiB"
+
+    _table(
+        ("GPU", "MODEL", "TOTAL", "PROMISED", "USED", "FREE", "UNMANAGED", ""),
+        [
+            (
+                str(gpu["index"]),
+                gpu["name"] + (" (simulated)" if gpu["simulated"] else ""),
+                gib(gpu["memory_total_mib"]),
+                gib(gpu["memory_promised_mib"]),
+                gib(gpu["memory_used_mib"]),
+                gib(gpu["memory_free_mib"]),
+                gib(gpu["unmanaged_mib"]),
+                gpu["problem"] or ", ".join(f"pid {p['pid']} {p['user']} {p['command']}" for p in gpu["unmanaged"]),
+            )
+            for gpu in gpus
+        ],
+    )
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as they must be, on one line each whatever the terminal's width: fit for grep and cut."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
+    for head in heads:
+        table.add_column(head, no_wrap=True, overflow="ignore")
+    for row in rows:
+        table.add_row(*(Text(cell, style=_PHASES.get(cell.split(" ")[0], "")) for cell in row))
+    wide = max(sum(max(len(row[i]) for row in [heads, *rows]) + 2 for i in range(len(heads))), 20)
+    Console(width=wide, no_color=not colours(sys.stdout), highlight=False).print(table)
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds // size:.0f}{unit}"
+    return f"{max(0.0, seconds):.0f}s"
+
+
+class Progress:
+    """Tells by line how replicas come along: from status documents, each change once."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._told: dict[str, tuple[str, ...]] = {}
+        self._spawned: set[str] = set()
+
+    def show(self, document: Mapping[str, Any]) -> None:
+        """Prints what has changed since the last document."""
+        for engine in document["engines"]:
+            for replica in engine["replicas"]:
+                now = (
+                    replica["phase"],
+                    replica["stage"],
+                    replica["reason"],
+                    str(replica["launch"]),
+                    str(replica["pid"]),
+                )
+                before = self._told.get(replica["name"])
+                if before == now:
+                    continue
+                self._told[replica["name"]] = now
+                if before is None and replica["phase"] == "Ready":
+                    continue  # was ready before we came
+                if words := self._words(replica):
+                    print(f"{self._stamp()}  {replica['name']:<20} {words}", flush=True)
+        running = {replica["name"] for engine in document["engines"] for replica in engine["replicas"]}
+        for name in self._told.keys() - running:
+            del self._told[name]
+            print(f"{self._stamp()}  {name:<20} stopped", flush=True)
+
+    def _stamp(self) -> str:
+        return f"{time.monotonic() - self._begun:6.1f}s"
+
+    def _words(self, replica: Mapping[str, Any]) -> str:
+        words = str(replica["phase"]).lower()
+        if replica["phase"] == "Starting" and replica["launch"] not in self._spawned:
+            if not replica["pid"]:
+                return ""
+            self._spawned.add(replica["launch"])
+            gpus = ",".join(str(gpu["index"]) for gpu in replica["gpus"])
+            words = f"spawned, pid {replica['pid']}, {f'GPU {gpus}' if gpus else 'CPU'}, port {replica['port']}"
+        elif replica["phase"] == "Starting" and not replica["stage"]:
+            words = "loading"
+        if replica["stage"]:
+            words += f": {replica['stage']}"
+        if replica["phase"] == "Ready":
+            words += f" at {replica['endpoint']}"
+        if replica["phase"] in ("Pending", "BackOff"):
+            words = f"{words}: {replica['reason']}" if replica["reason"] else ""
+        return words

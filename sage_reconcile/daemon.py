@@ -1,0 +1,259 @@
+"""When a pass is due: the file changed, a process ended, a replica got ready, a time came, a signal asked.
+
+``settle`` runs passes until nothing is left to do (``apply``, ``down``); ``Daemon`` runs them for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sage_reconcile.core.observed import Life
+from sage_reconcile.core.report import status_document
+from sage_reconcile.core.spec import Desired
+from sage_reconcile.errors import FileFaults, SageReconcileError, StateError
+from sage_reconcile.host import files
+from sage_reconcile.host.local import LocalHost
+from sage_reconcile.host.probes import Prober
+from sage_reconcile.host.state import StateFolder
+from sage_reconcile.host.watch import ExitWatcher, FileWatcher
+from sage_reconcile.reconcile import Pass, run_pass
+
+RESYNC_S = 30.0
+"""A pass at least this often, for what no event tells (a GPU that filled up, a link that was changed elsewhere)."""
+_ENDING_S = 0.05
+_ENDING_SLOWEST_S = 1.0
+_AFTER_FAILURE_S = 5.0
+_NOT_AT_ONCE = ("kill", "reap")
+
+
+class Passes:
+    """A host with all that wakes it: probes, ends of processes, times that come."""
+
+    def __init__(self, state: StateFolder, folder: Path, environ: Mapping[str, str]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._woken = asyncio.Event()
+        self.prober = Prober(time.monotonic, self.wake_from_thread)
+        self.host = LocalHost(state, folder, environ, self.prober)
+        self._exits = ExitWatcher(self._loop, self._woken.set)
+        self._endings = 0
+
+    def wake(self) -> None:
+        """Makes the next pass due now."""
+        self._woken.set()
+
+    def wake_from_thread(self) -> None:
+        """The same, from another thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._woken.set)
+
+    def run(self, desired: Desired, tried: frozenset[str] | None = None) -> Pass:
+        """One pass; from now on the ends of all that runs are watched."""
+        self._woken.clear()
+        result = run_pass(self.host, desired, tried=tried)
+        self._exits.follow(self.host.watched())
+        return result
+
+    async def wait(self, result: Pass | None) -> None:
+        """Until the next pass is due."""
+        deadline = self._loop.time() + (RESYNC_S if result is None else self._due_in(result))
+        while (left := deadline - self._loop.time()) > 0:
+            probe_in = max(0.0, self.prober.ask() - time.monotonic())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), min(left, probe_in + 0.001))
+                return
+
+    def _due_in(self, result: Pass) -> float:
+        if any(action.kind not in _NOT_AT_ONCE for action in result.done):
+            return 0.0
+        times = [RESYNC_S]
+        if result.failed:
+            times.append(_AFTER_FAILURE_S)
+        if any(action.kind in _NOT_AT_ONCE for action in result.plan.actions) or result.plan.waiting:
+            self._endings += 1
+            times.append(min(_ENDING_S * 1.1**self._endings, _ENDING_SLOWEST_S))
+        else:
+            self._endings = 0
+        if any(launch.life is Life.ALIVE and launch.ready_at is None for launch in result.observed.launches):
+            times.append(1.0)  # its log may tell of another stage
+        times += [action.not_before - result.now for action in result.plan.actions if action.not_before is not None]
+        return max(0.005, min(times))
+
+    def close(self) -> None:
+        """Stops watching; whatever runs goes on running."""
+        self._exits.close()
+        self.prober.close()
+
+
+async def settle(passes: Passes, desired: Desired, on_pass: Callable[[Pass], None]) -> Pass:
+    """Runs passes until everything desired is ready, or what is not cannot become so without another try.
+
+    Each replica is started at most once.
+    """
+    tried: frozenset[str] = frozenset()
+    while True:
+        result = passes.run(desired, tried)
+        tried |= {action.replica for action in result.done if action.kind == "spawn"}
+        tried |= {action.replica for action, _ in result.failed if action.kind == "spawn"}
+        on_pass(result)
+        if _settled(result, tried):
+            return result
+        await passes.wait(result)
+
+
+def _settled(result: Pass, tried: frozenset[str]) -> bool:
+    if result.done or result.plan.waiting:
+        return False
+    if any(action.kind != "spawn" or action.replica not in tried for action in result.plan.actions):
+        return bool(result.failed) and all(action.kind == "spawn" for action in result.plan.actions)
+    return all(kept.launch.ready or kept.launch.ready_at is not None for kept in result.plan.kept)
+
+
+class Daemon:
+    """Keeps the machine as the file says, until it is told to end; the engines go on running after that."""
+
+    def __init__(self, file: Path, state: StateFolder, environ: Mapping[str, str], log: Any) -> None:  # noqa: ANN401
+        self.file = file
+        self.state = state
+        self.environ = environ
+        self.log = log
+        self.desired: Desired | None = None
+        self.generation = 0
+        self.file_error = ""
+        self._read_digest: object = None
+        self._also: tuple[Path, ...] = ()
+        self._asked = 0
+        self._retry_now = False
+        self._over = False
+        self._told: dict[str, Any] = {}
+
+    async def run(self) -> None:
+        """Runs until SIGTERM or SIGINT. SIGHUP reads the file again and ends all back-off."""
+        loop = asyncio.get_running_loop()
+        passes = Passes(self.state, self.file.parent, self.environ)
+        watcher = FileWatcher(self.file, passes.wake_from_thread)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, passes)
+        loop.add_signal_handler(signal.SIGHUP, self._ask, passes)
+        self.log.info("started", file=str(self.file), state=str(self.state.path), pid=os.getpid())
+        try:
+            while not self._over:
+                watcher.refresh()
+                result = self._pass(passes)
+                if not self._over:
+                    await passes.wait(result)
+        finally:
+            watcher.close()
+            passes.close()
+            self.log.info("ended", engines="left running")
+
+    def _end(self, passes: Passes) -> None:
+        self._over = True
+        passes.wake()
+
+    def _ask(self, passes: Passes) -> None:
+        self._asked += 1
+        self._retry_now = True
+        self._read_digest = None
+        passes.wake()
+
+    def _pass(self, passes: Passes) -> Pass | None:
+        try:
+            self._read()
+            if self.desired is None:
+                self._tell({})
+                return None
+            tried: frozenset[str] | None = frozenset() if self._retry_now else None
+            self._retry_now = False
+            result = passes.run(self.desired, tried)
+            passes.host.tidy()
+        except SageReconcileError as error:
+            self.log.error("pass failed", error=str(error))  # noqa: TRY400 - the message says it all
+            return None
+        self._log(result)
+        self._tell(status_document(self.desired, result.observed, result.plan, result.now))
+        return result
+
+    def _read(self) -> None:
+        """Takes in the file where its content is another one; a bad one changes nothing but the report."""
+        signature = tuple(files.signature(path) for path in (self.file, *self._also))
+        if signature == self._read_digest:
+            return
+        self._read_digest = signature
+        try:
+            loaded = files.load(self.file, self.environ)
+        except FileFaults as error:
+            if self.file_error != str(error):
+                self.log.error("file refused", faults=str(error).splitlines(), kept=self.generation)  # noqa: TRY400 - no traceback is wanted
+            self.file_error = str(error)
+            if self.desired is None:
+                self._read_last_good()
+            return
+        self.file_error = ""
+        self._also = loaded.env_files
+        self._read_digest = tuple(files.signature(path) for path in (self.file, *self._also))
+        self.desired = loaded.desired
+        self.generation = self.state.accept(self.file, loaded.desired.digest, loaded.text)
+        self.log.info("file accepted", generation=self.generation, engines=len(loaded.desired.engines))
+
+    def _read_last_good(self) -> None:
+        known = self.state.read_json("generation.json")
+        if known.get("file") != str(self.file):
+            return
+        with contextlib.suppress(OSError, FileFaults):
+            text = (self.state.path / "last-good.yaml").read_text(encoding="utf-8")
+            self.desired = files.load_text(text, self.file, self.environ).desired
+            self.generation = int(known.get("generation", 0))
+            self.log.warning("last good file in force", generation=self.generation)
+
+    def _log(self, result: Pass) -> None:
+        for action in result.done:
+            self.log.info(
+                action.kind,
+                replica=action.replica,
+                cause=action.cause,
+                gpus=[gpu.index for gpu in action.gpus],
+                port=action.port,
+            )
+        for action, reason in result.failed:
+            self.log.error("action failed", kind=action.kind, replica=action.replica, reason=reason)
+
+    def _tell(self, document: dict[str, Any]) -> None:
+        """Writes the status for those who follow, where it says something new."""
+        told = {
+            **document,
+            "pid": os.getpid(),
+            "asked": self._asked,
+            "generation": self.generation,
+            "digest": self.desired.digest if self.desired else "",
+            "file_error": self.file_error,
+        }
+        if told == self._told:
+            return
+        self._log_changes(told)
+        self._told = told
+        try:
+            self.state.write_json("status.json", told)
+        except StateError as error:
+            self.log.error("status not written", error=str(error))  # noqa: TRY400 - nor here
+
+    def _log_changes(self, told: dict[str, Any]) -> None:
+        before = phases(self._told)
+        for name, state in phases(told).items():
+            if before.get(name) != state:
+                self.log.info("phase", replica=name, phase=state[0], **({"reason": state[1]} if state[1] else {}))
+
+
+def phases(document: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Phase and reason of every replica in a status document."""
+    return {
+        replica["name"]: (replica["phase"], replica["reason"])
+        for engine in document.get("engines", ())
+        for replica in engine["replicas"]
+    }

@@ -1,0 +1,86 @@
+"""One pass: look, plan, have the plan judged, do what can be done now. Start reading here.
+
+A pass never waits. What cannot be done yet (a start that must come after a stop) is left to the next pass,
+which begins again with what is there then. So a crash at any point, a missed event or a second look
+all end in the same place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from sage_reconcile.core.check import check_plan
+from sage_reconcile.core.observed import Observed
+from sage_reconcile.core.plan import Action, Plan
+from sage_reconcile.core.planner import make_plan
+from sage_reconcile.core.spec import Desired
+from sage_reconcile.errors import SpawnError, StateError, UnsafePlan
+
+
+class Host(Protocol):
+    """What a pass needs of the machine."""
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+
+    def observe(self, desired: Desired) -> Observed:
+        """What is there now."""
+
+    def carry_out(self, action: Action, desired: Desired) -> None:
+        """Does one action; raises ``SpawnError`` or ``StateError`` where it cannot."""
+
+    def forget(self, launch_id: str) -> None:
+        """Drops the record of a launch that has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one pass saw, decided and did. ``failed`` are actions that could not be carried out, and why."""
+
+    desired: Desired
+    observed: Observed
+    plan: Plan
+    now: float
+    done: tuple[Action, ...] = ()
+    failed: tuple[tuple[Action, str], ...] = ()
+
+
+def look(host: Host, desired: Desired, *, tried: frozenset[str] | None = None) -> Pass:
+    """A pass that stops before doing anything: what ``diff`` shows. See ``make_plan`` for ``tried``.
+
+    Raises:
+        UnsafePlan: the plan failed its independent check.
+    """
+    observed = host.observe(desired)
+    now = host.now()
+    plan = make_plan(desired, observed, now, tried=tried)
+    wrong = check_plan(desired, observed, plan)
+    if wrong:
+        raise UnsafePlan(
+            "a plan failed its check, and nothing of it was carried out; please report this:\n  " + "\n  ".join(wrong)
+        )
+    return Pass(desired, observed, plan, now)
+
+
+def run_pass(host: Host, desired: Desired, *, tried: frozenset[str] | None = None) -> Pass:
+    """One whole pass.
+
+    Raises:
+        UnsafePlan: the plan failed its independent check; nothing was done.
+    """
+    seen = look(host, desired, tried=tried)
+    done: list[Action] = []
+    failed: list[tuple[Action, str]] = []
+    for action in seen.plan.actions:
+        if not action.now:
+            continue
+        try:
+            host.carry_out(action, desired)
+        except (SpawnError, StateError) as error:
+            failed.append((action, str(error)))
+        else:
+            done.append(action)
+    for launch_id in seen.plan.forget:
+        host.forget(launch_id)
+    return Pass(desired, seen.observed, seen.plan, seen.now, tuple(done), tuple(failed))
