@@ -1,0 +1,306 @@
+"""The reconciling process is killed at any moment, and the next one ends where the file says.
+
+Judged by the world alone: the processes that run, the GPU memory they hold, the records on disk. Every process
+that comes from a box carries a mark of the test's own, so that one whose record was lost is found too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from sage_reconcile.host.processes import LAUNCH_VARIABLE
+from sage_reconcile.simulator import gpus
+from tests.e2e.box import REPOSITORY, Box
+
+MARK = "KILLED_DAEMON_TEST"
+HOST = "gpus: [{name: H100-80GB, memory: 80GiB, count: 6}]"
+LOOKS_LIKE_AN_ENGINE = """
+import sys, time
+print("up", flush=True)
+time.sleep(600)
+"""
+IS_TITLED_LIKE_A_CORE = """
+import sys, time
+from sage_reconcile.simulator.title import set_title
+set_title("VLLM::EngineCore")
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An engine of the file. With 45 GiB each rank has a GPU for itself, so that starts go on side by side."""
+
+    tp: int
+    cpu: bool
+    replicas: int = 1
+    length: int = 1024
+
+    def text(self) -> str:
+        place = "device: cpu" if self.cpu else f"memory: 45GiB, tensor_parallel_size: {self.tp}"
+        return (
+            f"{{runtime: simulator, model: a/b-7B, {place}, replicas: {self.replicas}, "
+            f"args: {{max-model-len: {self.length}}}}}"
+        )
+
+
+POOL = {"one": Entry(1, cpu=False), "pair": Entry(2, cpu=False), "small": Entry(1, cpu=True)}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A process that carries the box's mark."""
+
+    pid: int
+    parent: int
+    session: int
+    launch: str
+    words: tuple[str, ...]
+
+
+def edited(entries: dict[str, Entry], chance: random.Random) -> dict[str, Entry]:
+    """Another file: something added, removed, changed or scaled, or several of these."""
+    new = dict(entries)
+    while new == entries:
+        for name in chance.sample(sorted(POOL), chance.choice((1, 2))):
+            if name not in new:
+                new[name] = POOL[name]
+            else:
+                kind = chance.choice(("change", "change", "scale", "remove"))
+                if kind == "change":
+                    new[name] = replace(new[name], length=new[name].length + 1)
+                elif kind == "scale":
+                    new[name] = replace(new[name], replicas=3 - new[name].replicas if new[name].tp == 1 else 1)
+                else:
+                    del new[name]
+    return new
+
+
+def marked(box: Box) -> list[Seen]:
+    """The processes that come from this box, the reconciling ones excepted."""
+    found = []
+    ours = {daemon.pid for daemon in box.daemons}
+    for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()):
+        with suppress(OSError):
+            environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if pid in ours or f"{MARK}={box.folder}".encode() not in environ:
+                continue
+            stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            launch = next((v for k, _, v in (e.decode().partition("=") for e in environ) if k == LAUNCH_VARIABLE), "")
+            if stat[0] not in "ZX":
+                found.append(Seen(pid, int(stat[1]), int(stat[3]), launch, tuple(words)))
+    return found
+
+
+def judge(box: Box, entries: dict[str, Entry]) -> None:
+    """The world is as the file says: nothing missing, nothing twice, nothing left over."""
+    wanted = {f"{name}/{index}": entry for name, entry in entries.items() for index in range(entry.replicas)}
+    launches: dict[str, list[Seen]] = defaultdict(list)
+    for seen in marked(box):
+        launches[seen.launch].append(seen)
+    records = {record["id"]: record for record in box.records()}
+    living = {key: record for key, record in records.items() if not record["ended"]}
+    assert set(launches) == set(living), "each launch that runs has a record, and each record not ended runs"
+    assert Counter(f"{r['engine_name']}/{r['index']}" for r in living.values()) == Counter(wanted)
+    claims: Counter[str] = Counter()
+    for launch, processes in launches.items():
+        record = living[launch]
+        entry = wanted[f"{record['engine_name']}/{record['index']}"]
+        shell = next(seen for seen in processes if seen.pid == seen.session)
+        leaders = [seen for seen in processes if seen.parent == shell.pid]
+        assert {seen.session for seen in processes} == {shell.pid}
+        assert len(processes) == 3 + (entry.tp if entry.tp > 1 else 0), "shell, server, core, and workers where several"
+        assert [leader.pid for leader in leaders] == [record["leader"][0]]
+        words = leaders[0].words
+        assert words[words.index("--port") + 1] == str(record["port"])
+        assert words[words.index("--served-model-name") + 1] == record["engine_name"]
+        assert words[words.index("--max-model-len") + 1] == str(entry.length), "it runs what the file says now"
+        assert len(record["gpus"]) == (0 if entry.cpu else entry.tp)
+        claims.update(record["gpus"])
+    ports = Counter(record["port"] for record in living.values())
+    assert all(count == 1 for count in ports.values())
+    held = {uuid: pids for uuid, pids in gpus.usage(box.state / "simulated-gpus").items() if pids}
+    assert {uuid: len(pids) for uuid, pids in held.items()} == claims
+    running = {seen.pid for processes in launches.values() for seen in processes}
+    assert {pid for pids in held.values() for pid, _ in pids} <= running
+    folder = box.state / "launches"
+    assert {path.stem for path in folder.iterdir()} == set(records), "no run file without a record, no draft"
+    assert {path.name for path in (box.state / "tmp").iterdir()} == set(living)
+
+
+class Rounds:
+    """Edits, kills and judgements, one after another on one box."""
+
+    def __init__(self, box: Box, seed: int) -> None:
+        self.box = box
+        self.chance = random.Random(seed)
+        self.entries: dict[str, Entry] = {}
+        self.daemon: subprocess.Popen[bytes] | None = None
+        self.stages: Counter[str] = Counter()
+        self._lengths: dict[str, list[float]] = defaultdict(list)
+        box.environ[MARK] = str(box.folder)
+
+    def edit(self) -> None:
+        self.entries = edited(self.entries, self.chance)
+        self.box.write("\n".join(f"{name}: {entry.text()}" for name, entry in self.entries.items()), HOST)
+
+    def started(self, how: str) -> subprocess.Popen[bytes]:
+        """The one who shall work the edit in: a new daemon, a new ``apply``, or the daemon that runs."""
+        if how == "running daemon":
+            if self.daemon is None:
+                self.daemon = self.box.start_daemon()
+                self.box.until("the daemon has settled", lambda: self.converged(self.daemon))
+            self.edit()
+            victim, self.daemon = self.daemon, None
+            return victim
+        self.kill_daemon()
+        self.edit()
+        if how == "daemon":
+            return self.box.start_daemon()
+        with (self.box.folder / "apply.log").open("ab") as log:
+            victim = subprocess.Popen(
+                [sys.executable, "-m", "sage_reconcile", "apply", "--yes"],
+                cwd=self.box.folder,
+                env=self.box.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        self.box.daemons.append(victim)
+        return victim
+
+    def converged(self, daemon: subprocess.Popen[bytes] | None) -> bool:
+        """Whether this daemon says that all is as the file asks."""
+        with suppress(FileNotFoundError):
+            told = json.loads((self.box.state / "status.json").read_text(encoding="utf-8"))
+            names = {engine["name"] for engine in told.get("engines", ())}
+            return bool(
+                daemon is not None
+                and told["pid"] == daemon.pid
+                and told.get("converged")
+                and names == set(self.entries)
+                and told["generation"] == self.generation()
+            )
+        return False
+
+    def generation(self) -> int:
+        return int(json.loads((self.box.state / "generation.json").read_text(encoding="utf-8"))["generation"])
+
+    def undisturbed(self, how: str) -> None:
+        """One edit that nobody disturbs, to learn how long that takes."""
+        begun = time.monotonic()
+        worker = self.started(how)
+        if how == "apply":
+            assert worker.wait(60) == 0
+        else:
+            self.box.until("settled", lambda: self.digest_converged(worker))
+            self.daemon = worker
+        self._lengths[how].append(time.monotonic() - begun)
+        judge(self.box, self.entries)
+
+    def digest_converged(self, daemon: subprocess.Popen[bytes]) -> bool:
+        return self.converged(daemon) and self._taken_up()
+
+    def _taken_up(self) -> bool:
+        last_good = (self.box.state / "last-good.yaml").read_bytes()
+        return last_good == self.box.file.read_bytes()
+
+    def killed(self, how: str, part: float) -> None:
+        """An edit whose worker is killed after this part of the time that it takes; the next one finishes."""
+        victim = self.started(how)
+        begun = time.monotonic()
+        delay = part * max(self._lengths[how][-3:])
+        with suppress(subprocess.TimeoutExpired):
+            victim.wait(delay)
+        self.stages[self._stage(victim)] += 1
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+        restarted = time.monotonic()
+        self.daemon = daemon = self.box.start_daemon()
+        self.box.until("the next one has settled", lambda: self.digest_converged(daemon))
+        self._lengths[how].append(restarted - begun + (time.monotonic() - restarted) * 0.7)
+        judge(self.box, self.entries)
+
+    def _stage(self, victim: subprocess.Popen[bytes]) -> str:
+        with suppress(FileNotFoundError):
+            if self._taken_up():
+                done = victim.poll() is not None or self.converged(victim)
+                return "settled" if done else "under way"
+        return "not begun"
+
+    def kill_daemon(self) -> None:
+        if self.daemon is not None:
+            self.daemon.kill()
+            self.daemon.wait()
+            self.daemon = None
+
+
+@contextmanager
+def decoys() -> Iterator[None]:
+    """Strangers that look like ours by name, command line or mark; at the end they must be as they were."""
+    look = ["-m", "sage_reconcile.simulator", "--model", "a/b-7B", "--served-model-name", "one"]
+    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SPT_NOENV": "1"}
+    strangers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *words],
+            stdout=subprocess.PIPE,
+            env={**environ, **more},
+            start_new_session=True,
+        )
+        for code, words, more in (
+            (LOOKS_LIKE_AN_ENGINE, look, {}),
+            (IS_TITLED_LIKE_A_CORE, look, {}),
+            (IS_TITLED_LIKE_A_CORE, [], {LAUNCH_VARIABLE: "0badcafe", "SAGE_RECONCILE_REPLICA": "one/0"}),
+        )
+    ]
+    try:
+        for stranger in strangers:
+            assert stranger.stdout
+            assert stranger.stdout.readline() == b"up\n"
+        yield
+        assert [stranger.poll() for stranger in strangers] == [None, None, None], "strangers run on"
+    finally:
+        for stranger in strangers:
+            stranger.kill()
+            stranger.wait()
+            assert stranger.stdout
+            stranger.stdout.close()
+
+
+def moments(count: int, chance: random.Random) -> list[float]:
+    """Parts of the time that an edit takes: one in each of ``count`` equal stretches, in any order."""
+    parts = [(number + chance.random()) / count * 1.05 for number in range(count)]
+    chance.shuffle(parts)
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("how", "seed", "count"),
+    [("daemon", 1, 15), ("daemon", 2, 15), ("running daemon", 3, 20), ("apply", 4, 15), ("apply", 5, 15)],
+)
+def test_a_kill_at_any_moment_loses_nothing_doubles_nothing_and_leaves_nothing(
+    box: Box, how: str, seed: int, count: int
+) -> None:
+    rounds = Rounds(box, seed)
+    with decoys():
+        for _ in range(2):
+            rounds.undisturbed(how)
+        for part in moments(count, rounds.chance):
+            rounds.killed(how, part)
+        rounds.kill_daemon()
+    assert rounds.stages["under way"] >= count // 4, rounds.stages

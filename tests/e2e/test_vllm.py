@@ -1,0 +1,88 @@
+"""Real vLLM on the CPU, from its entry in the file to the last of its processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.e2e import vllm_cpu
+from tests.e2e.box import Box
+
+pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("vllm")]
+
+_START_S = 300.0
+
+
+@pytest.fixture(scope="module", name="python")
+def _python() -> Path:
+    return vllm_cpu.python_with_vllm()
+
+
+def entry(python: Path, model: Path, args: str = "") -> str:
+    flags = "load-format: dummy, max-model-len: 256, enforce-eager: true, kv-cache-memory-bytes: 16M"
+    return (
+        f"tiny: {{model: {model}, device: cpu, python: {python}, startup_timeout: 5m, "
+        f"env: {{HF_HUB_OFFLINE: '1', VLLM_NO_USAGE_STATS: '1', VLLM_API_KEY: '${{KEY:-none}}'}}, "
+        f"args: {{{flags}{args}}}}}"
+    )
+
+
+def complete(port: int, key: str = "none") -> str:
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, timeout=60, max_retries=0)
+    with client:
+        answer = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "Hello!"}], max_tokens=4
+        )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens > 0
+    return answer.choices[0].finish_reason
+
+
+def test_a_real_engine_lives_changes_heals_and_leaves_nothing(box: Box, python: Path) -> None:
+    """Apply until ready, a chat completion, a changed flag, kill -9 of the server, removal."""
+    model = vllm_cpu.tiny_model(box.folder / "model")
+    box.write(entry(python, model), host="gpus: none")
+    text = box.run("apply", "--yes")
+    row = box.replicas()["tiny/0"]
+    assert row["phase"] == "Ready", text
+    assert complete(row["port"]) == "length"
+    comms = set(box.processes().values())
+    assert {"VLLM::EngineCor", "VLLM::Worker"} <= comms, comms
+    assert box.json("diff")["in_sync"]
+
+    box.write(entry(python, model, ", max-num-seqs: 8"), host="gpus: none")
+    first = set(box.processes())
+    box.run("apply", "--yes")
+    changed = box.replicas()["tiny/0"]
+    assert changed["pid"] != row["pid"]
+    assert changed["port"] == row["port"]
+    assert not first & set(box.processes())
+    assert "--max-num-seqs" in Path(f"/proc/{changed['pid']}/cmdline").read_text(encoding="utf-8").split("\0")
+
+    box.start_daemon()
+    box.until("the daemon has adopted it", lambda: box.status()["daemon"] and "tiny/0" in box.ready())
+    assert box.ready() == {"tiny/0": changed["pid"]}
+    second = set(box.processes())
+    os.kill(changed["pid"], signal.SIGKILL)
+    healed = box.until(
+        "a new one is ready", lambda: (box.ready().get("tiny/0") or changed["pid"]) != changed["pid"], _START_S
+    )
+    assert healed
+    assert not second & set(box.processes()), "EngineCore and Worker outlive a killed server; they must be reaped"
+    assert complete(box.replicas()["tiny/0"]["port"]) == "length"
+
+    box.write("", host="gpus: none")
+    box.until("all of it is gone", lambda: not box.processes(), 60)
+
+
+def test_a_bad_flag_ends_apply_with_vllms_own_words(box: Box, python: Path) -> None:
+    model = vllm_cpu.tiny_model(box.folder / "model")
+    box.write(entry(python, model, ", max-modellen: 8"), host="gpus: none")
+    text = box.run("apply", "--yes", expect=1)
+    assert "tiny/0 is BackOff: ended: exit 2" in text
+    assert "unrecognized arguments: --max-modellen" in text
+    assert not box.processes()
