@@ -23,7 +23,7 @@ from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Mo
 from sage_reconcile.core.plan import Action
 from sage_reconcile.core.resolve import secret_marks
 from sage_reconcile.core.spec import Desired, EngineSpec
-from sage_reconcile.errors import StateError
+from sage_reconcile.errors import SpawnError, StateError
 from sage_reconcile.host import logs, observe, ports, processes
 from sage_reconcile.host.gpus import NvmlInventory, simulated_inventory
 from sage_reconcile.host.observe import Found
@@ -51,7 +51,7 @@ class LocalHost:
         self.prober = prober
         self.records = Records(state.launches)
         self._nvml = NvmlInventory()
-        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._children: list[subprocess.Popen[bytes]] = []
         self._found: dict[str, Found] = {}
         self._facts: dict[str, tuple[int, ModelFacts]] = {}
 
@@ -70,8 +70,8 @@ class LocalHost:
         Raises:
             StateError: the records cannot be read, or what was learned cannot be written.
         """
-        for child in self._children.values():
-            child.poll()  # we are its parent: without this it stays a zombie
+        # we are the parent of the shells we started: those that have ended must be reaped
+        self._children = [child for child in self._children if child.poll() is None]
         gpus, note = self._gpus(desired)
         holding = frozenset(process.pid for gpu in gpus for process in gpu.processes)
         records, problems = self.records.load()
@@ -177,7 +177,6 @@ class LocalHost:
             record.exit_code = found.exit_code
             record.ended_at = found.ended_at or now
             shutil.rmtree(self.state.temporary(record.id), ignore_errors=True)
-            self._children.pop(record.id, None)
         if before != (record.leader, record.ready_at, record.ended, record.members):
             self.records.save(record)
 
@@ -256,13 +255,12 @@ class LocalHost:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             environ = self._environment(engine.spec, engine.env, action, launch_id, desired)
             run_file = self.records.run_file(launch_id)
-            self._children[launch_id] = processes.spawn(
-                action.replica, argv, environ, folder=self.folder, log=log, run_file=run_file
-            )
+            shell = processes.spawn(action.replica, argv, environ, folder=self.folder, log=log, run_file=run_file)
+            self._children.append(shell)
         except OSError as error:
             self.forget(launch_id)
             raise StateError(f"{error.filename}: cannot be made: {error.strerror}") from error
-        except BaseException:
+        except SpawnError:  # nothing else: after an interruption the process may exist, and the record must stay
             self.forget(launch_id)
             raise
         logs.prune(log.parent)
@@ -320,7 +318,6 @@ class LocalHost:
         """Drops the record of a launch that has ended, and what it left in the state folder; not its log."""
         shutil.rmtree(self.state.temporary(launch_id), ignore_errors=True)
         self.records.drop(launch_id)
-        self._children.pop(launch_id, None)
 
     def tidy(self) -> None:
         """Keeps the logs of running replicas below their size limit."""

@@ -274,10 +274,12 @@ def under_way(run_file: Path) -> bool:
 
 
 def kill_all(processes: Sequence[ProcessId], rounds: int = 3) -> None:
-    """SIGKILL to each of these very processes; what is gone already is no error."""
+    """SIGKILL to each of these very processes; what is gone already, or may not be signalled, is no error."""
     for _ in range(rounds):
-        with contextlib.suppress(PermissionError):
-            hit = [send(process, signal.SIGKILL) for process in processes]
-            if not any(hit):
-                return
+        hit = False
+        for process in processes:
+            with contextlib.suppress(PermissionError):
+                hit |= send(process, signal.SIGKILL)
+        if not hit:
+            return
         time.sleep(0.002)

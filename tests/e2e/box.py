@@ -127,14 +127,16 @@ class Box:
                     found[int(entry.name)] = (entry / "comm").read_text(encoding="utf-8").strip()
         return found
 
-    def until(self, what: str, holds: Callable[[], Any], deadline_s: float = _DEADLINE_S) -> Any:
+    def until(
+        self, what: str, holds: Callable[[], Any], deadline_s: float = _DEADLINE_S, *, every_s: float = 0.05
+    ) -> Any:
         """Waits until something holds; fails with the state of the box where it never does."""
         end = time.monotonic() + deadline_s
         while time.monotonic() < end:
             answer = holds()
             if answer:
                 return answer
-            time.sleep(0.05)
+            time.sleep(every_s)
         log = self.daemon_log() if self.daemons else ""
         raise AssertionError(f"never: {what}\n{self.run('status', expect=None)}\n{log}")
 

@@ -355,14 +355,26 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
 
 @pytest.mark.usefixtures("loader")
 def test_an_alias_bomb_is_refused_where_it_gets_too_large_before_it_is_expanded():
-    started = time.monotonic()
     assert faults_of(BOMB) == ["f:5:29: e.7: more than 100,000 values, those of aliases included; use fewer"]
     merges = "a: &a {x: 1}\n" + "".join(
         f"{new}: &{new} {{<<: [{','.join([f'*{old}'] * 10)}]}}\n"
         for old, new in zip("abcdefgh", "bcdefghi", strict=True)
     )
     assert "more than 100,000 values" in faults_of(merges)[0]
-    assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize("item", ["1", "[]", "{}"])
+def test_the_limit_of_values_counts_every_kind_of_them(item):
+    most = documents.MAX_NODES - 3  # the map, its key and the list
+    assert len(data_of(f"a: [{f'{item},' * most}]")["a"]) == most
+    assert "more than 100,000 values" in faults_of(f"a: [{f'{item},' * (most + 1)}]")[0]
+
+
+@pytest.mark.usefixtures("loader")
+def test_a_number_has_as_many_digits_as_anyone_writes():
+    assert data_of(f"a: {'9' * 64}\nb: '{'9' * 65}'\n") == {"a": int("9" * 64), "b": "9" * 65}
+    problem = f"{'9' * 64}… is not a number that can be used; correct it, or quote it if text is meant"
+    assert faults_of(f"a: {'9' * 65}\n") == [f"f:1:4: a: {problem}"]
 
 
 @pytest.mark.usefixtures("loader")
@@ -386,17 +398,23 @@ def test_many_directives_cannot_make_the_parser_slow():
     assert data_of("%YAML 1.1\n%TAG !a! x\n---\na: 1\n") == {"a": 1}
 
 
-def test_a_thousand_engines_are_read_in_a_blink():
+def seconds(work) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def test_a_thousand_engines_cost_little_more_than_their_yaml():
     engine = "  e{0}:\n    model: org/m{0}\n    memory: 24GiB\n    replicas: 2\n    gpus: [0, 1]\n    args:\n"
     engine += "      max-model-len: 8192\n      enforce-eager: true\n    env:\n      HF_HOME: /data/hf/number/{0}\n"
     content = ("version: 1\nengines:\n" + "".join(engine.format(i) for i in range(1000))).encode()
     assert len(content) > 180_000
-    elapsed = []
-    for _ in range(5):
-        started = time.process_time()
-        assert len(parse(content, "f").data["engines"]) == 1000
-        elapsed.append(time.process_time() - started)
-    assert min(elapsed) < 0.25
+    ours, theirs = [], []
+    for _ in range(5):  # side by side, so that a busy machine slows both
+        ours.append(seconds(lambda: parse(content, "f")))
+        theirs.append(seconds(lambda: yaml.load(content, Loader=yaml.CSafeLoader)))
+    assert len(parse(content, "f").data["engines"]) == 1000
+    assert min(ours) < 1.8 * min(theirs)
 
 
 @pytest.mark.parametrize(
@@ -416,10 +434,11 @@ def test_a_thousand_engines_are_read_in_a_blink():
     ids=range(10),
 )
 def test_nothing_within_the_limits_takes_long(text):
-    started = time.process_time()
-    with contextlib.suppress(FileFaults):
-        parse(text.encode(), "f")
-    assert time.process_time() - started < 1.5
+    def work():
+        with contextlib.suppress(FileFaults):
+            parse(text.encode(), "f")
+
+    assert seconds(work) < 4  # a second at most where nothing else runs
 
 
 def mutated(content: bytes, dice: random.Random) -> bytes:
@@ -568,6 +587,15 @@ def test_too_large_a_file_is_refused_by_its_size_and_not_read(tmp_path, monkeypa
     assert "1,099,511,627,776 bytes" in refusal(path)
 
 
+def test_a_file_that_grows_while_it_is_read_is_not_cut_off_silently(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    path.write_bytes(b"a: 1\n" + b"#" * (MAX_BYTES - 4))
+    small = Path(__file__).stat()
+    monkeypatch.setattr(Path, "stat", lambda _self: small)
+    monkeypatch.setattr(documents.os, "fstat", lambda _descriptor: small)
+    assert refusal(path).startswith("the file has 1,048,577 bytes")
+
+
 def test_an_env_file_is_read_as_docker_and_systemd_do(tmp_path):
     (tmp_path / "env").write_bytes(
         b"\xef\xbb\xbf# a comment\r\n; another\n\n  A=1\nexport  B=two words \n"
@@ -626,7 +654,9 @@ def test_an_env_file_is_refused_like_any_other_file(tmp_path):
 )
 def test_no_line_of_an_env_file_takes_long(line, tmp_path):
     (tmp_path / "env").write_text(line)
-    started = time.process_time()
-    with contextlib.suppress(FileFaults):
-        read_env_file(tmp_path / "env")
-    assert time.process_time() - started < 1
+
+    def work():
+        with contextlib.suppress(FileFaults):
+            read_env_file(tmp_path / "env")
+
+    assert seconds(work) < 4

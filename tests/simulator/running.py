@@ -10,13 +10,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from sage_reconcile.simulator import gpus
+
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 30.0
+A, B = "GPU-aaaa", "GPU-bbbb"
+TOTAL_MIB = 81_559
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "one two three"}]}
 T = TypeVar("T")
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 # Below the range from which the kernel takes ports for outgoing connections, and each test worker its own.
@@ -175,3 +181,28 @@ def fleet(folder: Path) -> Iterator[Fleet]:
         yield made
     finally:
         made.close()
+
+
+def on(folder: Path, *uuids: str) -> dict[str, str]:
+    return {gpus.ENVIRONMENT: str(folder), "CUDA_VISIBLE_DEVICES": ",".join(uuids)}
+
+
+class Asking(threading.Thread):
+    """A request in a thread of its own."""
+
+    def __init__(self, simulated: Simulated, body: dict[str, object] | None = None) -> None:
+        super().__init__(daemon=True)
+        self.simulated, self.body = simulated, body or CHAT
+        self.status, self.text = 0, ""
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.status, self.text = self.simulated.post("/v1/chat/completions", self.body)
+        except OSError as error:
+            self.text = str(error)
+
+    def answered(self) -> int:
+        self.join(DEADLINE_S)
+        assert not self.is_alive()
+        return self.status
