@@ -170,5 +170,6 @@ class Progress:
         if replica["phase"] == "Ready":
             words += f" at {replica['endpoint']}"
         if replica["phase"] in ("Pending", "BackOff"):
-            words = f"{words}: {replica['reason']}" if replica["reason"] else ""
+            told = replica["reason"] and (replica["phase"] == "BackOff" or replica["unplaced"])
+            words = f"{words}: {replica['reason']}" if told else ""
         return words

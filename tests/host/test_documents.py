@@ -8,14 +8,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from sage_reconcile.errors import FileFaults
-from sage_reconcile.host import documents
+from sage_reconcile.host import documents, yaml_nodes
 from sage_reconcile.host.documents import MAX_BYTES, Place, parse, read, read_env_file
 
 SAMPLE = """\
@@ -299,7 +298,7 @@ def test_an_empty_file_is_told_what_the_least_file_is(text):
 
 def test_no_more_faults_are_listed_than_anyone_reads():
     found = faults_of("a: 1\n" * 5000)
-    assert len(found) == documents.MAX_FAULTS + 1
+    assert len(found) == yaml_nodes.MAX_FAULTS + 1
     assert found[-1] == "f:202:1: there are more faults from here on; correct those above"
 
 
@@ -365,7 +364,7 @@ def test_an_alias_bomb_is_refused_where_it_gets_too_large_before_it_is_expanded(
 
 @pytest.mark.parametrize("item", ["1", "[]", "{}"])
 def test_the_limit_of_values_counts_every_kind_of_them(item):
-    most = documents.MAX_NODES - 3  # the map, its key and the list
+    most = yaml_nodes.MAX_NODES - 3  # the map, its key and the list
     assert len(data_of(f"a: [{f'{item},' * most}]")["a"]) == most
     assert "more than 100,000 values" in faults_of(f"a: [{f'{item},' * (most + 1)}]")[0]
 
@@ -398,25 +397,6 @@ def test_many_directives_cannot_make_the_parser_slow():
     assert data_of("%YAML 1.1\n%TAG !a! x\n---\na: 1\n") == {"a": 1}
 
 
-def seconds(work) -> float:
-    started = time.process_time()
-    work()
-    return time.process_time() - started
-
-
-def test_a_thousand_engines_cost_little_more_than_their_yaml():
-    engine = "  e{0}:\n    model: org/m{0}\n    memory: 24GiB\n    replicas: 2\n    gpus: [0, 1]\n    args:\n"
-    engine += "      max-model-len: 8192\n      enforce-eager: true\n    env:\n      HF_HOME: /data/hf/number/{0}\n"
-    content = ("version: 1\nengines:\n" + "".join(engine.format(i) for i in range(1000))).encode()
-    assert len(content) > 180_000
-    ours, theirs = [], []
-    for _ in range(5):  # side by side, so that a busy machine slows both
-        ours.append(seconds(lambda: parse(content, "f")))
-        theirs.append(seconds(lambda: yaml.load(content, Loader=yaml.CSafeLoader)))
-    assert len(parse(content, "f").data["engines"]) == 1000
-    assert min(ours) < 1.8 * min(theirs)
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -433,12 +413,10 @@ def test_a_thousand_engines_cost_little_more_than_their_yaml():
     ],
     ids=range(10),
 )
-def test_nothing_within_the_limits_takes_long(text):
-    def work():
-        with contextlib.suppress(FileFaults):
-            parse(text.encode(), "f")
-
-    assert seconds(work) < 4  # a second at most where nothing else runs
+def test_what_is_large_in_one_way_comes_to_an_end(text):
+    """One of them took minutes once; what they take now is measured in the benchmarks."""
+    with contextlib.suppress(FileFaults):
+        parse(text.encode(), "f")
 
 
 def mutated(content: bytes, dice: random.Random) -> bytes:
@@ -652,11 +630,11 @@ def test_an_env_file_is_refused_like_any_other_file(tmp_path):
     ["A= " + " " * 500_000 + "x #", "A=" + "a " * 500_000 + "#", 'A="' + "\\" * 999_999, "A=" + " " * 900_000],
     ids=range(4),
 )
-def test_no_line_of_an_env_file_takes_long(line, tmp_path):
+def test_every_line_of_an_env_file_comes_to_an_end(line, tmp_path):
     (tmp_path / "env").write_text(line)
 
     def work():
         with contextlib.suppress(FileFaults):
             read_env_file(tmp_path / "env")
 
-    assert seconds(work) < 4
+    work()

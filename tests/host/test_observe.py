@@ -117,9 +117,10 @@ def test_without_shell_and_mark_they_are_proven_by_having_been_seen_before(tmp_p
     with launched(tmp_path, unmarked) as launch:
         launch.said("up")
         eventually(lambda: [s.command for s in processes.session_members(launch.shell.pid)].count("sleep") == 2)
-        leader, (first, second) = launch.leader(), [
-            stat for stat in processes.session_members(launch.shell.pid) if stat.command == "sleep"
-        ]
+        leader, (first, second) = (
+            launch.leader(),
+            [stat for stat in processes.session_members(launch.shell.pid) if stat.command == "sleep"],
+        )
         launch.shell.kill()
         launch.shell.wait()
         os.kill(leader.pid, signal.SIGKILL)
