@@ -13,7 +13,7 @@ _STAGES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"init engine .*took", "engine ready"),
         (r"Graph capturing finished", "graphs captured"),
         (r"Capturing (?:CUDA|cudagraph).*?(?P<percent>\d+)%", "capturing graphs"),
-        (r"GPU KV cache size|Available KV cache memory", "sizing the KV cache"),
+        (r"[CG]PU KV cache size|Available KV cache memory", "sizing the KV cache"),
         (r"Profiling CUDA graph memory", "profiling memory"),
         (r"torch\.compile|Dynamo bytecode transform|Compiling a graph", "compiling"),
         (r"Model loading took|Loading weights took", "weights loaded"),
@@ -21,7 +21,7 @@ _STAGES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"Starting to load model", "loading weights"),
         (r"Initializing a V1 LLM engine", "starting the engine"),
         (r"Resolved architecture", "reading the model"),
-        (r"vLLM (API server )?version", "importing"),
+        (r"vLLM (API server )?version|█\s+version \d", "starting vLLM"),
     )
 )
 
