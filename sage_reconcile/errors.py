@@ -15,6 +15,7 @@ Each class carries the exit code with which the command line ends for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,9 +49,13 @@ class SageReconcileError(Exception):
 
 
 class FileFaults(SageReconcileError):
-    """``engines.yaml`` cannot be used; ``faults`` holds everything wrong with it, in file order."""
+    """``engines.yaml`` cannot be used; ``faults`` holds everything wrong with it, in file order.
 
-    def __init__(self, file_name: str, faults: list[Fault] | tuple[Fault, ...]) -> None:
+    ``partial`` is what could be read all the same, so that its meaning can be checked too.
+    """
+
+    def __init__(self, file_name: str, faults: Sequence[Fault], partial: object = None) -> None:
+        self.partial = partial
         self.file_name = file_name
         self.faults = tuple(sorted(set(faults)))
         super().__init__("\n".join(fault.text(file_name) for fault in self.faults))

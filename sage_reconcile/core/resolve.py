@@ -406,14 +406,12 @@ def _steps_in_file(loc: tuple[int | str, ...]) -> Route:
 def _words(item: Any, written: str | None) -> tuple[str, str]:  # noqa: ANN401 - pydantic's error details
     """What is wrong and what would be right, in the words of the file rather than of the validator."""
     context, given = item.get("ctx") or {}, item.get("input")
-    if written is not None and isinstance(given, bool):
-        return (
-            f"expected something else than {written!r}, which YAML reads as {str(given).lower()}",
-            f'write "{written}" in quotes if text is meant',
-        )
     match item["type"]:
         case "fault":
-            return str(context["what"]), str(context["fix"])
+            what = str(context["what"])
+            if written is not None and isinstance(given, bool):
+                what = what.replace(described(given), f"`{written}`, which YAML reads as {str(given).lower()}")
+            return what, str(context["fix"])
         case "missing":
             return f"field `{item['loc'][-1]}` is missing", "add it"
         case "literal_error":

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 _STAGES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), stage)
     for pattern, stage in (
+        (r"Initializing a V1 LLM engine", "starting the engine"),  # first: it tells all settings, compile's too
         (r"Application startup complete", "starting the server"),
         (r"Starting vLLM (API )?server", "starting the server"),
         (r"init engine .*took", "engine ready"),
@@ -15,11 +16,10 @@ _STAGES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"Capturing (?:CUDA|cudagraph).*?(?P<percent>\d+)%", "capturing graphs"),
         (r"[CG]PU KV cache size|Available KV cache memory", "sizing the KV cache"),
         (r"Profiling CUDA graph memory", "profiling memory"),
-        (r"torch\.compile|Dynamo bytecode transform|Compiling a graph", "compiling"),
+        (r"torch\.compile (takes|took)|Dynamo bytecode transform|Compiling a graph", "compiling"),
         (r"Model loading took|Loading weights took", "weights loaded"),
         (r"Loading safetensors checkpoint shards:\s*(?P<percent>\d+)%", "loading weights"),
         (r"Starting to load model", "loading weights"),
-        (r"Initializing a V1 LLM engine", "starting the engine"),
         (r"Resolved architecture", "reading the model"),
         (r"vLLM (API server )?version|█\s+version \d", "starting vLLM"),
     )

@@ -98,7 +98,8 @@ def parse(content: bytes, file_name: str) -> Document:
     """Reads the content of a YAML file; ``file_name`` is for the faults.
 
     Raises:
-        FileFaults: it cannot be used, with everything that is wrong with it.
+        FileFaults: it cannot be used, with everything that is wrong with it; where the faults leave a whole
+            tree (a key given twice, say), its ``partial`` is the document without what is at fault.
     """
     text = _decoded(content, file_name)
     if len(_DIRECTIVE.findall(text)) > MAX_DIRECTIVES:
@@ -109,17 +110,24 @@ def parse(content: bytes, file_name: str) -> Document:
         if composer.done:
             break
     root = composer.root
+    digest = hashlib.sha256(content).hexdigest()
+    parts = Expansion()
     if composer.faults:
-        raise FileFaults(file_name, composer.faults)
+        whole = root is not None and root.tag == "map" and not composer.done
+        data = parts.value(root, ()) if whole and root else None
+        partial = _document(data, parts, digest, text) if isinstance(data, dict) else None
+        raise FileFaults(file_name, composer.faults, partial)
     if root is None or root.tag == "null":
         raise _refusal(file_name, "the file is empty", _LEAST)
-    parts = Expansion()
     data = parts.value(root, ())
     if not isinstance(data, dict):
         spaceless = isinstance(data, str) and re.match(r"[\w.-]+:\S", data)
         fix = "write a space after the colon" if spaceless else _LEAST
         raise _refusal(file_name, "the file is not made of `key: value` lines", fix, root.place)
-    digest = hashlib.sha256(content).hexdigest()
+    return _document(data, parts, digest, text)
+
+
+def _document(data: dict[str, object], parts: Expansion, digest: str, text: str) -> Document:
     return Document(data, parts.places, parts.key_places, digest, text, parts.written)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def load(path: Path, environ: Mapping[str, str]) -> Loaded:
     Raises:
         FileFaults: with everything that is wrong with it.
     """
-    return _resolved(documents.read(path), path, path.parent, environ)
+    return _resolved(lambda: documents.read(path), path, environ)
 
 
 def load_text(text: str, path: Path, environ: Mapping[str, str]) -> Loaded:
@@ -53,10 +53,17 @@ def load_text(text: str, path: Path, environ: Mapping[str, str]) -> Loaded:
     Raises:
         FileFaults: with everything that is wrong with it.
     """
-    return _resolved(documents.parse(text.encode(), str(path)), path, path.parent, environ)
+    return _resolved(lambda: documents.parse(text.encode(), str(path)), path, environ)
 
 
-def _resolved(document: documents.Document, path: Path, folder: Path, environ: Mapping[str, str]) -> Loaded:
+def _resolved(read: Callable[[], documents.Document], path: Path, environ: Mapping[str, str]) -> Loaded:
+    unreadable: tuple[Fault, ...] = ()
+    try:
+        document = read()
+    except FileFaults as error:
+        if not isinstance(error.partial, documents.Document):
+            raise
+        document, unreadable = error.partial, error.faults
     source = Source(
         data=document.data,
         places={route: (place.line, place.column) for route, place in document.places.items()},
@@ -64,11 +71,12 @@ def _resolved(document: documents.Document, path: Path, folder: Path, environ: M
         written=document.written,
         digest=document.digest,
     )
-    env_files, faults = _env_files(source, folder, environ)
+    env_files, faults = _env_files(source, path.parent, environ)
     desired, found = resolve(source, environ, env_files)
-    if faults or found:
-        raise FileFaults(str(path), [*faults, *found])
-    return Loaded(desired, document.text, tuple(folder / name for name in env_files))
+    if unreadable or faults or found:
+        told = {fault.where for fault in unreadable}  # what could not be read needs no second complaint
+        raise FileFaults(str(path), [*unreadable, *(fault for fault in (*faults, *found) if fault.where not in told)])
+    return Loaded(desired, document.text, tuple(path.parent / name for name in env_files))
 
 
 def _env_files(

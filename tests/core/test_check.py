@@ -276,3 +276,32 @@ def test_coming_after_counts_along_a_chain(plan: Plan, wanted: Desired, machine:
     pinned = having(plan, "spawn pinned/0", after=("spawn pair/0",))
     assert "reap dead/0 dead" in action(plan, "spawn pair/0").after
     assert check_plan(wanted, machine, pinned) == []
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_stays_counts_with_the_larger_of_promised_and_held(
+    plan: Plan, wanted: Desired, machine: Observed, *, told: bool
+) -> None:
+    """Held beyond the promise takes room; a holding that is not told is taken for the promise, once."""
+    first = machine.gpus[0]
+    room = plan.gpus[0].after.free_mib
+    kept = next(process for process in first.processes if process.launch == "keep")
+    more = replace(kept, pid=99, memory_mib=room + 1 if told else None)
+    used = first.memory_used_mib + (room + 1 if told else 0)
+    gpu = replace(first, processes=(*first.processes, more), memory_used_mib=used)
+    expected = ["GPU 0 would hold 81921 MiB of 81920 MiB"] if told else []
+    assert check_plan(wanted, replace(machine, gpus=(gpu, *machine.gpus[1:])), plan) == expected
+
+
+@pytest.mark.parametrize("life", [Life.UNPROVEN, Life.INTENT, Life.EXITED, Life.LEFTOVER])
+def test_killing_what_is_not_proven_to_be_running_and_ours(wanted: Desired, machine: Observed, life: Life) -> None:
+    launches = [
+        replace(launch, stopping_since=NOW - 100) if launch.id == "slow" else launch for launch in machine.launches
+    ]
+    late = replace(machine, launches=tuple(launches))
+    plan = make_plan(wanted, late, NOW)
+    assert check_plan(wanted, late, plan) == []
+    assert "kill slow/0 slow" in [item.id for item in plan.actions]
+    now = [replace(launch, life=life) if launch.id == "slow" else launch for launch in launches]
+    told = check_plan(wanted, replace(machine, launches=tuple(now)), plan)
+    assert f"kill slow/0 slow acts on a launch that is {life}" in told

@@ -44,10 +44,7 @@ def test_a_plain_file_gives_its_engines_in_order_with_every_default() -> None:
         ("port: 8000", "f:4:5: engines.chat: field `model` is missing; name the model on the hub, or its folder"),
         (
             "model: yes",
-            (
-                "f:4:12: engines.chat.model: expected something else than 'yes', which YAML reads as true; "
-                'write "yes" in quotes if text is meant'
-            ),
+            "f:4:12: engines.chat.model: expected text, got `yes`, which YAML reads as true; put it in quotes",
         ),
         ("model: 3", "f:4:12: engines.chat.model: expected text, got the number 3; put it in quotes"),
         (

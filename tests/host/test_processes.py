@@ -75,13 +75,13 @@ def test_killing_one_that_may_not_be_signalled_does_not_spare_the_others() -> No
     if os.geteuid() != 0:
         pytest.skip("only root can make a process of another user")
     code = (
-        "import os, signal, subprocess, sys\n"
+        "import os, signal, subprocess, sys\nfrom sage_reconcile.host import processes\n"
         "mine = subprocess.Popen(['sleep', '600'], user=65534)\n"
         "os.setresuid(65534, 65534, 65534)\n"
-        "from sage_reconcile.host import processes\n"
-        "foreign, own = processes.identify(int(sys.argv[1])), processes.identify(mine.pid)\n"
-        "processes.kill_all([foreign, own])\n"
-        "try:\n    assert mine.wait(10) == -signal.SIGKILL\n"
+        "try:\n"
+        "    foreign, own = processes.identify(int(sys.argv[1])), processes.identify(mine.pid)\n"
+        "    processes.kill_all([foreign, own])\n"
+        "    assert mine.wait(10) == -signal.SIGKILL\n"
         "finally:\n    mine.kill()\n"
     )
     with stranger() as other:

@@ -177,9 +177,8 @@ def test_a_folder_without_permission_is_an_error(tmp_path: Path) -> None:
     try:
         if os.geteuid() == 0:
             code = (
-                "import os, sys\nos.setresuid(65534, 65534, 65534)\nfrom pathlib import Path\n"
-                "from sage_reconcile.host.records import write_atomically\n"
-                "from sage_reconcile.errors import StateError\n"
+                "import os, sys\nfrom pathlib import Path\nfrom sage_reconcile.errors import StateError\n"
+                "from sage_reconcile.host.records import write_atomically\nos.setresuid(65534, 65534, 65534)\n"
                 "try:\n    write_atomically(Path(sys.argv[1]), '{}')\nexcept StateError as error:\n    print(error)\n"
             )
             done = subprocess.run(
