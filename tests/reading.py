@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sage_reconcile.core.resolve import Source, resolve
+from sage_reconcile.core.resolve import resolve
+from sage_reconcile.core.source import Source
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.errors import Fault
 from sage_reconcile.host import documents

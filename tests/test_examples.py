@@ -14,8 +14,9 @@ from sage_reconcile.core.check import check_plan
 from sage_reconcile.core.observed import Gpu, Observed
 from sage_reconcile.core.planner import make_plan
 from sage_reconcile.core.report import plan_document, status_document
-from sage_reconcile.core.resolve import Source, resolve
+from sage_reconcile.core.resolve import resolve
 from sage_reconcile.core.schema import file_schema
+from sage_reconcile.core.source import Source
 from sage_reconcile.core.spec import EngineSpec, HostSpec
 from sage_reconcile.core.starter import starter
 from sage_reconcile.host import files

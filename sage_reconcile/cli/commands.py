@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import sys
@@ -146,6 +145,8 @@ def down(given: Path | None, state_dir: Path | None, *, yes: bool) -> int:
 
 def run(given: Path | None, state_dir: Path | None) -> int:
     """``run``."""
+    import asyncio
+
     from sage_reconcile.daemon import Daemon
     from sage_reconcile.log import configure
 

@@ -89,8 +89,8 @@ class Launch:
 
     Times are seconds since the epoch. ``spec`` is the full resolved entry it was started from,
     secrets replaced by their ``${NAME}``; ``secret_marks`` are keyed digests by field path.
-    ``failures`` counts the failed starts in a row up to and including this one; ``restarts``
-    counts how often the replica was started again since its entry last changed.
+    ``failures`` counts the failed launches in a row before this one; ``restarts`` how often the replica
+    was started again since its entry last changed.
     """
 
     id: str

@@ -7,52 +7,21 @@ import hashlib
 import hmac
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sage_reconcile.core.spec import ENGINE_NAME, DeclaredGpu, Desired, Engine, EngineSpec, FileSpec, HostSpec
+from sage_reconcile.core.fields import ENGINE_NAME
+from sage_reconcile.core.source import Route, Source, steps_in_file, words
+from sage_reconcile.core.spec import DeclaredGpu, Desired, Engine, EngineSpec, FileSpec, HostSpec
 from sage_reconcile.core.units import described
 from sage_reconcile.errors import Fault
-
-Route = tuple[str | int, ...]
-"""The way to a value in the file: ``("engines", "chat", "memory")``."""
 
 HIDDEN = "(hidden)"
 _VARIABLE = re.compile(r"\$\$|\$\{([^{}]*)\}|\$\{")
 _REFERENCE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(:-(.*))?", re.DOTALL)
 _SHOWN_FIELDS = ("model", "python", "command", "served_model_name", "args", "env_file")
 _MERGED = ("args", "env")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file as it was read: plain data, where each value stands (line, column), and its digest.
-
-    ``written`` holds the original text of scalars that YAML read as something else than text.
-    """
-
-    data: Mapping[str, object]
-    places: Mapping[Route, tuple[int, int]]
-    key_places: Mapping[Route, tuple[int, int]]
-    written: Mapping[Route, str] = field(default_factory=dict)
-    digest: str = ""
-
-    def fault(self, route: Route, message: str, fix: str = "", *, key: bool = False) -> Fault:
-        """A fault at a route; where nothing was written there, at the nearest thing above it."""
-        line, column = 0, 0
-        for places in (self.key_places, self.places) if key else (self.places, self.key_places):
-            if route in places:
-                line, column = places[route]
-                break
-        else:
-            for end in range(len(route) - 1, -1, -1):
-                above = self.key_places.get(route[:end]) or self.places.get(route[:end])
-                if above:
-                    line, column = above
-                    break
-        return Fault(line, column, ".".join(str(step) for step in route), message, fix)
 
 
 def resolve(
@@ -332,7 +301,7 @@ class _Reader:
         only: str = "",
     ) -> None:
         for item in error.errors(include_url=False, include_input=True):
-            steps = _steps_in_file(item["loc"])
+            steps = steps_in_file(item["loc"])
             if only and steps[:1] != (only,):
                 continue
             base = origin.get(str(steps[0]), route) if steps else route
@@ -342,16 +311,18 @@ class _Reader:
                     known = DeclaredGpu if len(steps) > 1 and model is HostSpec else model
                     self._unknown(where, tuple(known.model_fields))
                 continue
-            message, fix = _words(item, self.source.written.get(where))
+            message, fix = words(item, self.source.written.get(where))
             context = item.get("ctx") or {}
             if context.get("field"):
                 where = (*origin.get(context["field"], route), context["field"])
+            for one in (context, *context.get("others", ())) if context.get("key") else ():
+                self._fault(self._inside(where, one["key"]), one["what"], one["fix"], key=True)
             if context.get("key"):
-                where = self._inside(where, context["key"])
-            if steps and not context.get("key"):
+                continue
+            if steps:
                 self._fault_of_value(where, message, fix)
-            else:  # rules about several fields, or about a key, quote no value
-                self._fault(where, message, fix, key=bool(context.get("key")))
+            else:  # rules about several fields quote no value
+                self._fault(where, message, fix)
 
     def _inside(self, route: Route, key: str) -> Route:
         """The key in the map at ``route``; maps that are merged may have it from the defaults."""
@@ -392,45 +363,6 @@ def _plain(key: object) -> str:
 def _spellings(key: str) -> tuple[str, ...]:
     under = key.replace("-", "_")
     return key, under, f"--{key}", f"--{under}"
-
-
-def _steps_in_file(loc: tuple[int | str, ...]) -> Route:
-    """pydantic's place without the names of union branches, which are nothing a user wrote."""
-    return tuple(
-        step
-        for step in loc
-        if isinstance(step, int) or not re.search(r"[\[(]|^(int|str|literal|tuple|auto|dict)$", step)
-    )
-
-
-def _words(item: Any, written: str | None) -> tuple[str, str]:  # noqa: ANN401 - pydantic's error details
-    """What is wrong and what would be right, in the words of the file rather than of the validator."""
-    context, given = item.get("ctx") or {}, item.get("input")
-    match item["type"]:
-        case "fault":
-            what = str(context["what"])
-            if written is not None and isinstance(given, bool):
-                what = what.replace(described(given), f"`{written}`, which YAML reads as {str(given).lower()}")
-            return what, str(context["fix"])
-        case "missing":
-            return f"field `{item['loc'][-1]}` is missing", "add it"
-        case "literal_error":
-            wanted = str(context.get("expected", "")).replace("'", "")
-            close = difflib.get_close_matches(str(given), re.findall(r"[\w.-]+", wanted), n=1)
-            return (
-                f"expected {wanted}, got {described(given)}",
-                f"did you mean `{close[0]}`?" if close else "",
-            )
-        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            word = item["type"].replace("_", " ").replace("than equal", "than or equal to")
-            bound = context.get("gt", context.get("ge", context.get("lt", context.get("le"))))
-            shown, limit = (f"{number:g}" if isinstance(number, float) else number for number in (given, bound))
-            return f"{shown} is impossible", f"write a value {word} {limit}"
-        case "dict_type" | "model_type" | "model_attributes_type":
-            return f"expected a map, got {described(given)}", ""
-        case "tuple_type" | "list_type":
-            return f"expected a list, got {described(given)}", ""
-    return f"{item['msg']}, got {described(given)}", ""
 
 
 def secret_marks(secrets: Mapping[str, str], salt: str) -> dict[str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sage_reconcile.core.spec import ENGINE_NAME, OWN_FLAGS, FileSpec
+from sage_reconcile.core.fields import ENGINE_NAME, OWN_FLAGS
+from sage_reconcile.core.spec import FileSpec
 
 _VARIABLE = {"type": "string", "pattern": r"\$\{[A-Za-z_][A-Za-z0-9_]*(:-[^}]*)?\}"}
 _GPU_LIST = {"type": "array", "minItems": 1, "uniqueItems": True, "items": {"type": ["integer", "string"]}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -29,6 +30,12 @@ def fault(what: str, fix: str = "", *, field: str = "", key: str = "") -> Pydant
     the value where only that one is wrong.
     """
     return PydanticCustomError("fault", "{what}", {"what": what, "fix": fix, "field": field, "key": key})
+
+
+def all_of(found: Sequence[PydanticCustomError]) -> PydanticCustomError:
+    """One error that tells several faults of one value, each at its own key."""
+    first, *others = (error.context or {} for error in found)
+    return PydanticCustomError("fault", "{what}", {**first, "others": others})
 
 
 def described(value: object) -> str:

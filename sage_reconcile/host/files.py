@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sage_reconcile.core.resolve import Route, Source, env_file_names, resolve
+from sage_reconcile.core.resolve import env_file_names, resolve
+from sage_reconcile.core.source import Route, Source
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.errors import Fault, FileFaults
 from sage_reconcile.host import documents

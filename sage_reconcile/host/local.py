@@ -53,6 +53,7 @@ class LocalHost:
         self._nvml = NvmlInventory()
         self._children: list[subprocess.Popen[bytes]] = []
         self._found: dict[str, Found] = {}
+        self._logs: list[Path] = []
         self._facts: dict[str, tuple[int, ModelFacts]] = {}
 
     @property
@@ -80,6 +81,7 @@ class LocalHost:
         if self.writes:
             records = [record for record in records if not self._undo(record, found[record.id])]
         self._found = {record.id: found[record.id] for record in records}
+        self._logs = [Path(record.log_path) for record in records if not record.ended]
         ready = self._ready(records, found)
         launches = [self._launch(record, found[record.id], record.id in ready) for record in records]
         if self.writes:
@@ -262,6 +264,7 @@ class LocalHost:
             raise StateError(f"{error.filename}: cannot be made: {error.strerror}") from error
         except SpawnError:  # nothing else: after an interruption the process may exist, and the record must stay
             self.forget(launch_id)
+            log.unlink(missing_ok=True)  # nobody has written to it, and each new try would leave another
             raise
         logs.prune(log.parent)
 
@@ -293,7 +296,7 @@ class LocalHost:
 
     def _stop(self, action: Action) -> None:
         """SIGTERM, and only then the note that it was sent: after a crash between the two it is sent again."""
-        record = self._record(action.launch)
+        record = self.records.get(action.launch)
         found = self._found.get(action.launch)
         if record is None or found is None or found.leader is None:
             return
@@ -305,14 +308,11 @@ class LocalHost:
 
     def _kill(self, launch_id: str) -> None:
         """SIGKILL to all that is proven to be of this launch; what is born meanwhile is found by the next pass."""
-        record, found = self._record(launch_id), self._found.get(launch_id)
+        record, found = self.records.get(launch_id), self._found.get(launch_id)
         if record is None or found is None or found.leader is None:
             return
         members, _ = observe.proven_members(record, found.session, found.leader)
         processes.kill_all([found.leader, *observe.identities(members)])
-
-    def _record(self, launch_id: str) -> Record | None:
-        return next((record for record in self.records.load()[0] if record.id == launch_id), None)
 
     def forget(self, launch_id: str) -> None:
         """Drops the record of a launch that has ended, and what it left in the state folder; not its log."""
@@ -320,10 +320,9 @@ class LocalHost:
         self.records.drop(launch_id)
 
     def tidy(self) -> None:
-        """Keeps the logs of running replicas below their size limit."""
-        for record in self.records.load()[0]:
-            if not record.ended:
-                logs.limit(Path(record.log_path))
+        """Keeps the logs of the launches seen last below their size limit."""
+        for path in self._logs:
+            logs.limit(path)
 
 
 def _user_and_command(pid: int) -> tuple[str, str]:

@@ -35,15 +35,17 @@ def prune(folder: Path) -> None:
 
 
 def limit(path: Path) -> None:
-    """Cuts a log that has grown past its limit down to its end. Writers append, so they are not disturbed."""
+    """Cuts a log that has grown past its limit down to its end.
+
+    Writers append and so do we, so nobody writes over another; a line that comes in this very moment may be lost.
+    """
     try:
         if path.stat().st_size <= LIMIT_BYTES:
             return
-        with path.open("rb+") as file:
+        with path.open("rb") as file, path.open("ab", buffering=0) as out:
             file.seek(-_KEEP_BYTES, os.SEEK_END)
             end = file.read()
-            file.seek(0)
-            file.truncate()
-            file.write(b"[the beginning of this log was cut off]\n" + end[end.find(b"\n") + 1 :])
+            out.truncate(0)
+            out.write(b"[the beginning of this log was cut off]\n" + end[end.find(b"\n") + 1 :])
     except OSError:
         return

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
 from sage_reconcile.core.observed import Port
 from sage_reconcile.core.spec import Desired
 
@@ -43,6 +41,8 @@ def _listening() -> Iterator[int]:
 
 
 def _holders(wanted: set[int]) -> dict[int, str]:
+    import psutil  # noqa: PLC0415 - 20 ms of every start, and seldom needed
+
     holders: dict[int, str] = {}
     try:
         connections = psutil.net_connections(kind="tcp")

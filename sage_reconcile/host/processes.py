@@ -180,7 +180,9 @@ def scan() -> Iterator[Stat]:
 
 
 def session_members(session: int) -> list[Stat]:
-    """The running processes of a session, without the one that leads it."""
+    """The running processes of a session, without the one that leads it; 0 is no session of ours."""
+    if not session:
+        return []
     return [stat for stat in scan() if stat.session == session and stat.pid != session and stat.running]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -107,17 +107,23 @@ class Records:
 
     def load(self) -> tuple[list[Record], list[str]]:
         """All records that can be read, and a sentence for each that cannot."""
-        records: list[Record] = []
-        problems: list[str] = []
         try:
             names = sorted(entry.name for entry in os.scandir(self.folder) if entry.name.endswith(".json"))
         except FileNotFoundError:
             return [], []
         except OSError as error:
             raise StateError(f"{self.folder}: cannot be read: {error.strerror}; run as the user who owns it") from error
+        return self._read([name for name in names if not name.startswith(".")])
+
+    def get(self, launch_id: str) -> Record | None:
+        """The record of one launch, or None where there is none that can be read."""
+        records, _ = self._read([f"{launch_id}.json"])
+        return records[0] if records else None
+
+    def _read(self, names: Sequence[str]) -> tuple[list[Record], list[str]]:
+        records: list[Record] = []
+        problems: list[str] = []
         for name in names:
-            if name.startswith("."):
-                continue
             try:
                 records.append(_parse(json.loads((self.folder / name).read_text(encoding="utf-8")), name))
             except FileNotFoundError:

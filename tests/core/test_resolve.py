@@ -496,3 +496,23 @@ def test_a_plain_value_over_a_default_from_the_environment_is_shown_as_it_is() -
     assert set(a.secrets) == {"env.T"}
     assert set(b.secrets) == {"env.T", "args.x", "args.max-y.0"}
     assert SECRET not in repr((a, b))
+
+
+def test_every_bad_flag_and_variable_is_told_at_its_own_key() -> None:
+    _, faults = read(
+        """\
+version: 1
+engines:
+  chat:
+    model: m
+    args: {port: 1, tp: 2, api-key: x, fine: 1}
+    env: {VLLM_PORT: 1, FINE: 1, on-top: x}
+"""
+    )
+    assert [(fault.line, fault.column, fault.where) for fault in faults] == [
+        (5, 12, "engines.chat.args.port"),
+        (5, 21, "engines.chat.args.tp"),
+        (5, 28, "engines.chat.args.api-key"),
+        (6, 11, "engines.chat.env.VLLM_PORT"),
+        (6, 34, "engines.chat.env.on-top"),
+    ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -207,3 +209,33 @@ def test_init_writes_a_file_that_works_here(box: Box) -> None:
     box.run("apply", "--yes")
     assert box.status()["converged"]
     assert chat(next(iter(box.replicas().values()))["port"], "chat")
+
+
+def on_a_terminal(box: Box, answer: str) -> tuple[int, str]:
+    """``apply`` on a terminal where a person types an answer to its question."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "sage_reconcile", "apply"]
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    with subprocess.Popen(command, cwd=box.folder, env=box.environ, **streams) as asked:
+        os.close(theirs)
+        text, answered = "", False
+        with contextlib.suppress(OSError):  # what a terminal says when its last user is gone
+            while chunk := os.read(ours, 65536).decode():
+                text += chunk
+                if "[y/N]" in text and not answered:
+                    answered = True
+                    os.write(ours, f"{answer}\n".encode())
+        os.close(ours)
+    return asked.returncode, text
+
+
+def test_on_a_terminal_apply_asks_and_takes_no_for_an_answer(box: Box) -> None:
+    box.write(f"chat: {{{SIMULATED}}}")
+    code, text = on_a_terminal(box, "n")
+    assert (code, "Do this? [y/N]" in text) == (1, True)
+    assert not box.processes()
+    code, text = on_a_terminal(box, "y")
+    assert code == 0, text
+    assert set(box.ready()) == {"chat/0"}
+    code, text = on_a_terminal(box, "must not be asked")
+    assert (code, "[y/N]" in text) == (0, False)

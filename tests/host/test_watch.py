@@ -220,9 +220,9 @@ def test_the_end_of_a_process_wakes_the_loop_once() -> None:
                 process.kill()
                 process.wait()
 
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     asyncio.run(story())
-    assert len(os.listdir("/proc/self/fd")) == before, "no descriptor stays open"
+    assert len(list(Path("/proc/self/fd").iterdir())) == before, "no descriptor stays open"
 
 
 def test_one_that_ended_before_it_was_followed_or_is_another_by_now_wakes_the_loop() -> None:
@@ -246,11 +246,12 @@ def test_one_that_ended_before_it_was_followed_or_is_another_by_now_wakes_the_lo
 
 
 def test_the_end_of_what_is_not_our_child_is_seen_too() -> None:
+    parent = subprocess.Popen(
+        ["/bin/sh", "-c", "sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, start_new_session=True
+    )
+
     async def story() -> None:
         ends = Ends()
-        parent = subprocess.Popen(
-            ["/bin/sh", "-c", "sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, start_new_session=True
-        )
         try:
             assert parent.stdout
             pid = int(parent.stdout.readline())
