@@ -107,7 +107,8 @@ class LocalHost:
 
     def _owned(self, gpu: Gpu, records: Iterable[Record]) -> Gpu:
         """The GPU with each process given to the launch in whose session it is, and strangers named."""
-        here = [r for r in records if self._found[r.id].life not in (Life.EXITED, Life.UNPROVEN)]
+        # what cannot be proven ours is counted once, with the launch in whose place it runs
+        here = [record for record in records if self._found[record.id].life is not Life.EXITED]
         sessions = {found.session: record.id for record in here if (found := self._found[record.id]).session}
         members = {member[0]: record.id for record in here for member in [record.leader, *record.members] if member}
         owned: list[GpuProcess] = []

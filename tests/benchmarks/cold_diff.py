@@ -32,31 +32,40 @@ def measure(rounds: int = 30, count: int = 20, *, beside: bool = True) -> list[F
         }
         if supervisor:
             commands["supervisorctl status"] = (supervisor.ctl_command("status"), supervisor.environ, 0)
-        taken: dict[str, list[float]] = {name: [] for name in commands}
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for number in range(rounds + 1):
             for name, (command, variables, code) in commands.items():
-                time_ms = _time_ms(command, variables, ours.folder, code)
+                times = _times_ms(command, variables, ours.folder, code)
                 if number:
-                    taken[name].append(time_ms)
-    python = median(taken.pop("python -c pass"))
-    theirs = taken.pop("supervisorctl status", None)
-    beside_us = f"python -c pass {python:.0f} ms" + (
-        f", supervisorctl status {median(theirs):.0f} ms" if theirs else ""
-    )
+                    taken[name].append(times)
+    passed = {name: [wall for wall, _ in times] for name, times in taken.items()}
+    used = {name: median([processor for _, processor in times]) for name, times in taken.items()}
+    others = [name for name in ("python -c pass", "supervisorctl status") if name in taken]
     figures = []
-    for name, times in taken.items():
+    for name in (name for name in taken if name not in others):
         target = TARGET_MS if name.startswith("diff") else None
-        figures.append(Figure(f"cold {name}: median", median(times), "ms", target, beside_us))
-        figures.append(Figure(f"cold {name}: p99", p99(times), "ms"))
+        for what, value in (("median", median), ("p99", p99)):
+            beside_us = ", ".join(f"{other} {value(passed[other]):.0f} ms" for other in others)
+            limit = target if what == "median" else None
+            figures.append(Figure(f"cold {name}: {what}", value(passed[name]), "ms", limit, beside_us))
+        beside_us = ", ".join(f"{other} {used[other]:.0f} ms" for other in others)
+        figures.append(Figure(f"cold {name}: processor", used[name], "ms", None, beside_us))
     return figures
 
 
-def _time_ms(command: Sequence[str], environ: Mapping[str, str], folder: Path, code: int) -> float:
-    begun = time.perf_counter()
+def _times_ms(command: Sequence[str], environ: Mapping[str, str], folder: Path, code: int) -> tuple[float, float]:
+    """The time that passed, and the processor time that was used."""
+    before, begun = _used_s(), time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
-    taken = (time.perf_counter() - begun) * 1000
+    passed, used = time.perf_counter() - begun, _used_s() - before
     assert done.returncode == code, f"{command}: exit {done.returncode}, not {code}\n{done.stdout}{done.stderr}"
-    return taken
+    return passed * 1000, used * 1000
+
+
+def _used_s() -> float:
+    """Processor time of all our children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":

@@ -55,11 +55,12 @@ def test_a_start_under_way_is_neither_there_nor_not(tmp_path: Path) -> None:
         "print('locked', flush=True)\ntime.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as shell:
-        assert shell.stdout
-        assert shell.stdout.readline() == b"locked\n"
-        assert observe.examine(record(), path, NOTHING).life is Life.INTENT
-        shell.kill()
-        shell.wait()
+        try:
+            assert shell.stdout
+            assert shell.stdout.readline() == b"locked\n"
+            assert observe.examine(record(), path, NOTHING).life is Life.INTENT
+        finally:
+            shell.kill()
     assert observe.examine(record(), path, NOTHING).never_started
 
 
@@ -159,9 +160,6 @@ def test_a_session_whose_number_was_given_to_a_stranger_is_left_alone(tmp_path: 
         assert (found.life, found.members) == (Life.EXITED, [])
         later = ProcessId(4194001, head.start_ticks + 50)
         assert observe.proven_members(record(), other.pid, later) == ([], []), "older than the leader, but not marked"
-        os.killpg(other.pid, signal.SIGCONT)
-        for pid in [stat.pid for stat in processes.session_members(other.pid)]:
-            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_strangers_session_is_left_alone_though_its_head_is_a_zombie(tmp_path: Path) -> None:

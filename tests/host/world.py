@@ -99,13 +99,17 @@ def launched(folder: Path, code: str, launch_id: str = LAUNCH, argv: list[str] |
 
 @contextmanager
 def stranger(*words: str, **environ: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is not ours, in a session of its own; it has to be there, unharmed, at the end."""
+    """A process that is not ours, in a session of its own; it has to be there, unharmed, at the end.
+
+    Whatever it started in its session ends with it.
+    """
     process = subprocess.Popen(words or ("sleep", "600"), env={**os.environ, **environ}, start_new_session=True)
     try:
         yield process
         assert process.poll() is None, "a stranger was harmed"
     finally:
-        process.kill()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
