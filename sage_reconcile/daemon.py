@@ -108,10 +108,12 @@ async def settle(passes: Passes, desired: Desired, on_pass: Callable[[Pass], Non
 
 
 def _settled(result: Pass, tried: frozenset[str]) -> bool:
+    if any(action.kind != "spawn" for action, _ in result.failed):
+        return True  # it could not even be written down that something shall end
     if result.done or result.plan.waiting:
         return False
     if any(action.kind != "spawn" or action.replica not in tried for action in result.plan.actions):
-        return bool(result.failed) and all(action.kind == "spawn" for action in result.plan.actions)
+        return False
     return all(kept.launch.ready or kept.launch.ready_at is not None for kept in result.plan.kept)
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,21 @@ def test_an_end_is_known_with_its_status_and_time(tmp_path: Path, code: str, sta
         assert (found.life, found.exit_code) == (Life.EXITED, status), "the shell is waited for, for a moment"
         assert found.ended_at == pytest.approx(launch.run_file.stat().st_mtime)
         assert not found.never_started
+
+
+def test_the_shell_is_given_a_moment_to_write_the_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with launched(tmp_path, "", argv=["sleep", "600"]) as launch:
+        leader = launch.leader()
+        launch.shell.send_signal(signal.SIGSTOP)
+        processes.kill_all([leader])
+        eventually(lambda: not processes.alive(leader))
+        assert look(launch).exit_code is None, "it is not waited for long"
+        monkeypatch.setattr(observe, "_EXIT_WAIT_S", 20.0)
+        late = threading.Timer(0.05, launch.shell.send_signal, (signal.SIGCONT,))
+        late.start()
+        found = look(launch)
+        late.join()
+        assert (found.life, found.exit_code) == (Life.EXITED, 137)
 
 
 def test_a_program_that_is_not_there_has_started_and_failed(tmp_path: Path) -> None:

@@ -224,7 +224,9 @@ def test_the_lock_of_the_run_file_is_held_as_long_as_the_shell_lives(tmp_path: P
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_a_signal_to_the_whole_group_ends_the_engine_and_not_its_shell(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_DFL)  # whoever runs us in the background has us ignore some
     with launched(tmp_path, "echo up; exec sleep 600") as launch:
+        signal.signal(number, before)
         launch.said("up")
         eventually(lambda: Path(f"/proc/{launch.leader().pid}/comm").read_text() == "sleep\n")
         os.killpg(launch.shell.pid, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from sage_reconcile.errors import LockHeld, StateError
+from sage_reconcile.host import state as state_module
 from sage_reconcile.host.state import Holder, StateFolder, default_folder
 from tests.host.world import ROOT, eventually
 
@@ -80,35 +82,25 @@ def test_the_lock_of_a_killed_holder_is_free_at_once(tmp_path: Path) -> None:
     state.release_lock()
 
 
-def test_those_who_only_look_never_keep_anyone_from_the_lock(tmp_path: Path) -> None:
-    state, over = StateFolder(tmp_path), threading.Event()
+def test_those_who_only_look_never_keep_anyone_from_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks whether the lock is held shares it for a moment."""
+    monkeypatch.setattr(state_module, "_LOOKED_AT_S", 20.0)
+    state = StateFolder(tmp_path)
     state.create()
-    (tmp_path / "lock").touch()
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom sage_reconcile.host.state import StateFolder\n"
-        "state = StateFolder(Path(sys.argv[1]))\nprint('up', flush=True)\nwhile True: state.holder()\n"
-    )
-    lookers = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
-        for _ in range(2)
-    ]
+    descriptor = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    over = threading.Timer(0.1, fcntl.flock, (descriptor, fcntl.LOCK_UN))
+    over.start()
     try:
-        for looker in lookers:
-            assert looker.stdout
-            assert looker.stdout.readline() == b"up\n"
-        for _ in range(100):
-            state.take_lock(ME)
-            state.release_lock()
+        state.take_lock(ME)
+        assert StateFolder(tmp_path).holder() == ME
+        state.release_lock()
     finally:
-        over.set()
-        for looker in lookers:
-            looker.kill()
-            looker.communicate()
+        over.join()
+        os.close(descriptor)
 
 
 def test_a_holder_that_has_not_said_who_it_is_yet_is_waited_for(tmp_path: Path) -> None:
-    import fcntl
-
     descriptor = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     words = json.dumps({name: getattr(ME, name) for name in Holder.__slots__}).encode()
