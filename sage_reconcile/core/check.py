@@ -22,6 +22,8 @@ def check_plan(desired: Desired, observed: Observed, plan: Plan) -> list[str]:
         *_targets(observed, plan),
         *_complete(desired, plan),
         *_memory(desired, observed, plan),
+        *_neighbours(desired, observed, plan),
+        *_links(desired, observed, plan),
         *_ports(observed, plan),
         *_starts_after_stops(observed, plan),
     ]
@@ -113,7 +115,7 @@ def _taken(gpu: Gpu, launches: tuple[Launch, ...], gone: set[str]) -> int:
 
 
 def _one_spawn(action: Action, engines: Mapping[str, Engine]) -> Iterator[str]:
-    name = action.replica.rpartition("/")[0]
+    name = _engine_name(action)
     if name not in engines:
         yield f"{action.id} starts an engine that is not in the file"
         return
@@ -126,6 +128,60 @@ def _one_spawn(action: Action, engines: Mapping[str, Engine]) -> Iterator[str]:
         yield f"{action.id} would run a real engine on simulated GPUs"
     if spec.gpus != "auto" and any(gpu.index not in spec.gpus and gpu.uuid not in spec.gpus for gpu in action.gpus):
         yield f"{action.id} is placed off the GPUs that its entry names"
+
+
+def _neighbours(desired: Desired, observed: Observed, plan: Plan) -> Iterator[str]:
+    """Who starts beside whom: nothing beside an exclusive replica, and two of an engine that is spread nowhere."""
+    engines = {engine.name: engine.spec for engine in desired.engines}
+    ended = {action.launch for action in plan.actions if action.kind != "spawn"}
+    starting = [action for action in plan.actions if action.kind == "spawn" and _engine_name(action) in engines]
+    for gpu in observed.gpus:
+        told = {process.launch for process in gpu.processes}
+        there: list[tuple[str, str, bool]] = []
+        for launch in observed.launches:
+            here = gpu.uuid in launch.gpus or launch.id in told
+            if here and launch.life is not Life.EXITED and launch.id not in ended and not _is_stopping(launch):
+                alone = launch.spec.get("exclusive") is True
+                alone |= launch.engine_name in engines and engines[launch.engine_name].exclusive
+                there.append((launch.replica, launch.engine_name, alone))
+        for action in starting:
+            if gpu.uuid not in {used.uuid for used in action.gpus}:
+                continue
+            name = _engine_name(action)
+            yield from (
+                f"{action.id} is placed beside {other}, which is exclusive" for other, _, alone in there if alone
+            )
+            if engines[name].exclusive and (there or _has_strangers(gpu, observed.launches)):
+                yield f"{action.id} is exclusive, and GPU {gpu.index} is not free of others"
+            if engines[name].spread == "gpu":
+                yield from (f"{action.id} is placed on a GPU of {other}" for other, owner, _ in there if owner == name)
+            there.append((action.replica, name, engines[name].exclusive))
+
+
+def _has_strangers(gpu: Gpu, launches: tuple[Launch, ...]) -> bool:
+    """Whether somebody else is on a GPU; an idle driver may show a few MiB as used, 64 at the most."""
+    others = _taken(gpu, launches, {launch.id for launch in launches})
+    return others > 64 or any(process.launch is None for process in gpu.processes)
+
+
+def _links(desired: Desired, observed: Observed, plan: Plan) -> Iterator[str]:
+    """Whether the ranks of what starts can reach each other over links that are good enough."""
+    good = {"nvlink": {"nvlink"}, "numa": {"nvlink", "pix", "pxb", "phb", "node"}}
+    engines = {engine.name: engine.spec for engine in desired.engines}
+    for action in plan.actions:
+        spec = engines.get(_engine_name(action)) if action.kind == "spawn" else None
+        if spec is None or spec.link == "any" or not action.gpus:
+            continue
+        reached = {action.gpus[0].uuid}
+        pairs = [set(pair) for pair, link in observed.links.items() if link.value in good[spec.link]]
+        while more := [pair for pair in pairs if len(pair & reached) == 1]:
+            reached.update(*more)
+        if not {gpu.uuid for gpu in action.gpus} <= reached:
+            yield f"{action.id} is split over GPUs that are not linked by {spec.link}"
+
+
+def _engine_name(action: Action) -> str:
+    return action.replica.rpartition("/")[0]
 
 
 def _ports(observed: Observed, plan: Plan) -> Iterator[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hmac
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
-from sage_reconcile.core.observed import Gpu, Launch
+from sage_reconcile.core.observed import Gpu, Launch, Links, link_groups
+from sage_reconcile.core.reasons import WORST_LINK
 from sage_reconcile.core.resolve import HIDDEN, secret_marks
 from sage_reconcile.core.spec import EFFECTS, Desired, Effect, Engine, EngineSpec
 from sage_reconcile.core.units import mib_text
@@ -23,7 +25,7 @@ class Change:
     new: str
 
 
-def changes(desired: Desired, engine: Engine, launch: Launch, gpus: Sequence[Gpu]) -> tuple[Change, ...]:
+def changes(desired: Desired, engine: Engine, launch: Launch, gpus: Sequence[Gpu], links: Links) -> tuple[Change, ...]:
     """The differences for which this replica must be replaced; none where it may run on."""
     found: list[Change] = []
     if engine.record != launch.spec:
@@ -32,6 +34,7 @@ def changes(desired: Desired, engine: Engine, launch: Launch, gpus: Sequence[Gpu
                 found += _field_changes(name, engine.record[name], launch.spec.get(name, _DEFAULTS[name]))
     found += _secret_changes(engine, launch, {change.field for change in found})
     found += _placement_changes(engine, launch, gpus)
+    found += _link_changes(engine, launch, links)
     if desired.host.bind != launch.bind:
         found.append(Change("host.bind", launch.bind, desired.host.bind))
     return tuple(found)
@@ -77,6 +80,15 @@ def _placement_changes(engine: Engine, launch: Launch, gpus: Sequence[Gpu]) -> I
             yield Change("gpus", _text(runs_on), _text(list(engine.spec.gpus)))
     if engine.spec.port != "auto" and engine.spec.port + launch.index != launch.port:
         yield Change("port", str(launch.port), str(engine.spec.port + launch.index))
+
+
+def _link_changes(engine: Engine, launch: Launch, links: Links) -> Iterator[Change]:
+    """Only a change of the entry counts, and only known links: a look that failed must not restart anything."""
+    wanted, before = engine.spec.link, str(launch.spec.get("link", "any"))
+    if wanted in (before, "any") or any(frozenset(pair) not in links for pair in combinations(launch.gpus, 2)):
+        return
+    if len(set(link_groups(launch.gpus, links, WORST_LINK[wanted]).values())) > 1:
+        yield Change("link", before, wanted)
 
 
 def _text(value: object) -> str:

@@ -5,7 +5,7 @@ A value that could not be read is ``None`` and is treated as not available, neve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -50,6 +50,47 @@ class Gpu:
     compute_capability: str | None = None
     cuda_total_mib: int | None = None
     numa_node: int | None = None
+
+
+class Link(StrEnum):
+    """The best way between two GPUs, as ``nvidia-smi topo -m`` names it; the best first."""
+
+    NVLINK = "nvlink"
+    """NVLink, directly or through a switch."""
+    PIX = "pix"
+    """At most one PCIe bridge."""
+    PXB = "pxb"
+    """Several PCIe bridges, and not the host's."""
+    PHB = "phb"
+    """The PCIe host bridge, that is the CPU."""
+    NODE = "node"
+    """Several host bridges inside one NUMA node."""
+    SYS = "sys"
+    """The link between NUMA nodes."""
+
+
+Links = Mapping[frozenset[str], Link]
+"""The link of each pair of GPUs, by their UUIDs; a pair that is not in it has none that is known."""
+
+
+def link_groups(uuids: Iterable[str], links: Links, worst: Link) -> dict[str, int]:
+    """A group's number for each GPU: those of one group are joined by links of which none is worse than ``worst``."""
+    order = list(Link)
+    near: dict[str, list[str]] = {uuid: [] for uuid in uuids}
+    for pair, link in links.items():
+        if len(pair) == 2 and order.index(link) <= order.index(worst) and pair <= near.keys():
+            one, other = pair
+            near[one].append(other)
+            near[other].append(one)
+    groups: dict[str, int] = {}
+    for number, uuid in enumerate(near):
+        reached = [] if uuid in groups else [uuid]
+        while reached:
+            step = reached.pop()
+            if step not in groups:
+                groups[step] = number
+                reached += near[step]
+    return groups
 
 
 class Life(StrEnum):
@@ -150,6 +191,7 @@ class Observed:
     launches: tuple[Launch, ...] = ()
     ports: tuple[Port, ...] = ()
     models: Mapping[str, ModelFacts] = field(default_factory=dict)
+    links: Links = field(default_factory=dict)
     gpu_note: str = ""
     """Why there are no GPUs, where that is known (no driver, no permission …)."""
     problems: tuple[str, ...] = ()

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from sage_reconcile.core.memory import Occupancy
 from sage_reconcile.core.observed import Gpu
-from sage_reconcile.core.placement import gib
 from sage_reconcile.core.plan import Action, Plan
+from sage_reconcile.core.reasons import gib
 
 _BAR = 20
 

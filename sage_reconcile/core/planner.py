@@ -70,6 +70,9 @@ class _Planner:
         """Ids of launches that will have gone before anything is started in their place."""
         return frozenset(self.ending) | {launch.id for launch, _ in self.drifted.values()}
 
+    def _changes(self, engine: Engine, launch: Launch) -> tuple[Change, ...]:
+        return changes(self.desired, engine, launch, self.observed.gpus, self.observed.links)
+
     def _sort(self, launch: Launch, engine: Engine | None, gpus: set[str]) -> None:
         wanted = engine if engine is not None and launch.index < engine.spec.replicas else None
         match launch.life:
@@ -108,7 +111,7 @@ class _Planner:
             self._sort_stopping(launch, engine)
         elif wanted is None or launch.replica in self.kept or launch.replica in self.drifted:
             self._end("stop", launch, _why_unwanted(self.desired, launch, engine), StopCause.REMOVED)
-        elif differences := changes(self.desired, wanted, launch, self.observed.gpus):
+        elif differences := self._changes(wanted, launch):
             self.drifted[launch.replica] = (launch, differences)
         elif not (launch.ready or launch.ready_at) and self.now >= launch.created_at + wanted.spec.startup_timeout:
             cause = f"not ready after {wanted.spec.startup_timeout:g}s (`startup_timeout`)"
@@ -217,7 +220,7 @@ class _Planner:
             return "its entry changed", None, 0, 0
         last = self.history.get(request.replica)
         cause = "wanted, and its last process is ending" if last and last.holds else "wanted, and not running"
-        if last is None or changes(self.desired, request.engine, last, self.observed.gpus):
+        if last is None or self._changes(request.engine, last):
             return cause, None, 0, 0
         if not failed(last):
             return cause, None, last.restarts, 0

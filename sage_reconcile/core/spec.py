@@ -27,6 +27,7 @@ from sage_reconcile.core.units import (
     PortRange,
     Seconds,
     SizeMib,
+    Switch,
     Text,
     WholeNumber,
     fault,
@@ -100,6 +101,9 @@ class EngineSpec(_Strict):
     memory: MemoryRequest = Field(
         default=Memory("auto"), validate_default=True, description="Memory on each GPU: auto, 24GiB or 30%."
     )
+    spread: Literal["gpu", "none"] = Field(default="none", description="gpu: no GPU has two replicas of it.")
+    link: Literal["nvlink", "numa", "any"] = Field(default="any", description="What must link the GPUs of a replica.")
+    exclusive: Switch = Field(default=False, description="true: nothing else is placed on its GPUs.")
     port: Annotated[Literal["auto"] | int, BeforeValidator(read_port)] = Field(
         default="auto", description="auto, or the port of replica 0; replica 1 takes the next one, and so on."
     )
@@ -176,6 +180,9 @@ EFFECTS: Mapping[str, Effect] = {
     "data_parallel_size": Effect.RESTART,
     "gpus": Effect.PLACE,
     "memory": Effect.RESTART,
+    "spread": Effect.NOTHING,  # and so for `exclusive`: who would have to give way, the file does not say
+    "link": Effect.PLACE,
+    "exclusive": Effect.NOTHING,
     "port": Effect.PLACE,
     "served_model_name": Effect.RESTART,
     "args": Effect.RESTART,

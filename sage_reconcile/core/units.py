@@ -172,6 +172,19 @@ def read_whole_number(value: object) -> int:
     raise fault(f"expected a whole number, got {described(value)}")
 
 
+def read_switch(value: object) -> bool:
+    """Yes or no; the words as text are taken too, since that is what ``${VAR}`` gives.
+
+    Raises:
+        PydanticCustomError: it is anything else.
+    """
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    raise fault(f"expected true or false, got {described(value)}")
+
+
 def read_text(value: object) -> str:
     """Text. Numbers and yes/no are refused, since YAML may have changed what was written.
 
@@ -227,5 +240,6 @@ PortRange = Annotated[
     _Schema({"type": "string", "pattern": r"^\d+-\d+$", "examples": ["8000-8999"]}),
 ]
 WholeNumber = Annotated[int, BeforeValidator(read_whole_number)]
+Switch = Annotated[bool, BeforeValidator(read_switch)]
 Text = Annotated[str, BeforeValidator(read_text)]
 MemoryRequest = Annotated[Memory, BeforeValidator(read_memory), PlainSerializer(str, return_type=str)]

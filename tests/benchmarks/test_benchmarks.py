@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.benchmarks import cold_diff, core_pass, edit_to_exec, idle
+from tests.benchmarks import cold_diff, core_pass, edit_to_exec, idle, placement
 from tests.benchmarks.figures import Figure, p99, table
 
 
@@ -16,9 +16,10 @@ from tests.benchmarks.figures import Figure, p99, table
         lambda: core_pass.measure(counts=(3,), rounds=2),
         lambda: edit_to_exec.measure(edits=1, count=1, beside=False),
         lambda: cold_diff.measure(rounds=1, count=1, beside=False),
+        lambda: placement.measure(boxes=2, checked=0, count=5),
         lambda: idle.measure(seconds=0.2, count=1, beside=False, quiet_s=0),
     ],
-    ids=["core_pass", "edit_to_exec", "cold_diff", "idle"],
+    ids=["core_pass", "edit_to_exec", "cold_diff", "placement", "idle"],
 )
 def test_a_benchmark_yields_numbers(measure: Callable[[], list[Figure]]) -> None:
     figures = measure()

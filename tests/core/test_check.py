@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sage_reconcile.core.check import check_plan
-from sage_reconcile.core.observed import Life, Observed
+from sage_reconcile.core.observed import Life, Link, Observed
 from sage_reconcile.core.plan import Action, Plan, Unplaced
 from sage_reconcile.core.planner import make_plan
 from sage_reconcile.core.spec import Desired
@@ -305,3 +305,63 @@ def test_killing_what_is_not_proven_to_be_running_and_ours(wanted: Desired, mach
     now = [replace(launch, life=life) if launch.id == "slow" else launch for launch in launches]
     told = check_plan(wanted, replace(machine, launches=tuple(now)), plan)
     assert f"kill slow/0 slow acts on a launch that is {life}" in told
+
+
+def crossed(wanted: Desired, entry: str) -> Desired:
+    """The same file with another entry for one engine."""
+    name = entry.split(":", maxsplit=1)[0]
+    other = desired(f"version: 1\nengines: {{{entry}}}\n").engines[0]
+    return replace(wanted, engines=tuple(other if engine.name == name else engine for engine in wanted.engines))
+
+
+def test_beside_an_exclusive_replica(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    """Whether the one that runs there says so in its record, or its entry does by now."""
+    told = "spawn change/0 is placed beside keep/0, which is exclusive"
+    moved = having(plan, "spawn change/0", gpus=(machine.gpus[0],))
+    assert check_plan(wanted, machine, moved) == []
+    by_entry = crossed(wanted, "keep: {model: k, memory: 20GiB, exclusive: true}")
+    assert told in check_plan(by_entry, machine, moved)
+    records = tuple(
+        replace(item, spec={**item.spec, "exclusive": True}) if item.id == "keep" else item for item in machine.launches
+    )
+    assert told in check_plan(wanted, replace(machine, launches=records), moved)
+
+
+def test_an_exclusive_replica_beside_another_or_a_stranger(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    alone = crossed(wanted, "fresh: {model: f, memory: 50GiB, exclusive: true}")
+    free = having(plan, "spawn fresh/0", gpus=(machine.gpus[4],))
+    assert check_plan(alone, machine, free) == []
+    beside = having(free, "spawn pinned/0", gpus=(machine.gpus[4],))
+    assert "spawn pinned/0 is placed beside fresh/0, which is exclusive" in check_plan(alone, machine, beside)
+    used = tuple(replace(gpu, memory_used_mib=100) if gpu.index == 4 else gpu for gpu in machine.gpus)
+    told = ["spawn fresh/0 is exclusive, and GPU 4 is not free of others"]
+    assert check_plan(alone, replace(machine, gpus=used), free) == told
+    idle = tuple(replace(gpu, memory_used_mib=64) if gpu.index == 4 else gpu for gpu in machine.gpus)
+    assert check_plan(alone, replace(machine, gpus=idle), free) == []
+
+
+def test_two_replicas_of_an_engine_that_is_spread(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    """One that stays, and one that starts."""
+    spread = crossed(wanted, "keep: {model: k, memory: 20GiB, replicas: 2, spread: gpu}")
+    second = replace(action(plan, "spawn fresh/0"), id="spawn keep/1", replica="keep/1", port=8050, memory_mib=1)
+    for index, told in ((0, ["spawn keep/1 is placed on a GPU of keep/0"]), (4, [])):
+        placed = replace(second, gpus=(machine.gpus[index],), after=())
+        found = check_plan(spread, machine, replace(plan, actions=(*plan.actions, placed)))
+        assert [text for text in found if "is placed on" in text] == told
+
+
+def test_ranks_that_are_not_linked_as_asked(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    one, other = action(plan, "spawn pair/0").gpus
+    third = next(gpu for gpu in machine.gpus if gpu not in (one, other))
+    near = {frozenset((one.uuid, third.uuid)): Link.NVLINK, frozenset((third.uuid, other.uuid)): Link.NVLINK}
+    for link, links, good in (
+        ("nvlink", {}, False),
+        ("nvlink", {frozenset((one.uuid, other.uuid)): Link.NVLINK}, True),
+        ("nvlink", {frozenset((one.uuid, other.uuid)): Link.PIX}, False),
+        ("nvlink", near, True),
+        ("numa", {frozenset((one.uuid, other.uuid)): Link.NODE}, True),
+        ("numa", {frozenset((one.uuid, other.uuid)): Link.SYS}, False),
+    ):
+        asked = crossed(wanted, f"pair: {{model: p, memory: 10GiB, tensor_parallel_size: 2, link: {link}}}")
+        told = [] if good else [f"spawn pair/0 is split over GPUs that are not linked by {link}"]
+        assert check_plan(asked, replace(machine, links=links), plan) == told

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from sage_reconcile.core.drift import Change, changes
-from sage_reconcile.core.observed import Gpu, Launch, Life
+from sage_reconcile.core.observed import Gpu, Launch, Life, Link, Links
 from sage_reconcile.core.resolve import secret_marks
 from sage_reconcile.core.spec import EFFECTS, Desired, Effect, EngineSpec
 from tests.reading import desired, read
 
+FAR = {frozenset(("GPU-0", "GPU-1")): Link.SYS}
+NEAR = {frozenset(("GPU-0", "GPU-1")): Link.NVLINK}
 GPUS = tuple(Gpu(f"GPU-{index}", index, "H100", f"0000:0{index}:00.0", 81920) for index in range(2))
 
 CHANGED: dict[str, tuple[str, str]] = {
@@ -26,6 +28,9 @@ CHANGED: dict[str, tuple[str, str]] = {
     "data_parallel_size": ("model: m", "model: m, data_parallel_size: 2"),
     "gpus": ("model: m", "model: m, gpus: [1]"),
     "memory": ("model: m", "model: m, memory: 1GiB"),
+    "spread": ("model: m", "model: m, spread: gpu"),
+    "link": ("model: m, tensor_parallel_size: 2", "model: m, tensor_parallel_size: 2, link: nvlink"),
+    "exclusive": ("model: m", "model: m, exclusive: true"),
     "port": ("model: m", "model: m, port: 9999"),
     "served_model_name": ("model: m", "model: m, served_model_name: x"),
     "args": ("model: m", "model: m, args: {seed: 1}"),
@@ -64,9 +69,9 @@ def launch(ran: Desired, **values: Any) -> Launch:
     return Launch(**fields | values)
 
 
-def found(ran: str, wanted: str, **values: Any) -> tuple[Change, ...]:
+def found(ran: str, wanted: str, links: Links = FAR, **values: Any) -> tuple[Change, ...]:
     new = resolved(wanted)
-    return changes(new, new.engines[0], launch(resolved(ran), **values), GPUS)
+    return changes(new, new.engines[0], launch(resolved(ran), **values), GPUS, links)
 
 
 def test_every_field_is_classified_and_tried_here() -> None:
@@ -77,7 +82,8 @@ def test_every_field_is_classified_and_tried_here() -> None:
 @pytest.mark.parametrize("field", EngineSpec.model_fields)
 def test_a_change_of_a_field_does_what_its_class_says(field: str) -> None:
     old, new = CHANGED[field]
-    named = {change.field.split(".")[0] for change in found(old, new)}
+    on = ("GPU-0", "GPU-1") if field == "link" else ("GPU-0",)
+    named = {change.field.split(".")[0] for change in found(old, new, gpus=on)}
     assert named == (set() if EFFECTS[field] is Effect.NOTHING else {field})
 
 
@@ -105,7 +111,7 @@ def test_the_contents_of_an_env_file_count_and_are_not_shown() -> None:
     text = "version: 1\nengines:\n  chat: {model: m, env_file: a.env}\n"
     old, _ = read(text, {}, {"a.env": {"A": "old-secret", "B": "gone-secret"}})
     new, _ = read(text, {}, {"a.env": {"A": "new-secret", "C": "come-secret"}})
-    told = changes(new, new.engines[0], launch(old), GPUS)
+    told = changes(new, new.engines[0], launch(old), GPUS, {})
     assert told == (
         Change("env_file.A", "(hidden)", "(hidden), another value"),
         Change("env_file.C", "", "(hidden)"),
@@ -116,17 +122,17 @@ def test_the_contents_of_an_env_file_count_and_are_not_shown() -> None:
 def test_a_secret_that_changes_counts_although_its_reference_stays() -> None:
     text = "version: 1\nengines:\n  chat: {model: m, args: {x: '${S}'}, env: {A: '${S}'}}\n"
     old, new = desired(text, {"S": "one"}), desired(text, {"S": "two"})
-    told = changes(new, new.engines[0], launch(old), GPUS)
+    told = changes(new, new.engines[0], launch(old), GPUS, {})
     assert [change.field for change in told] == ["args.x", "env.A"]
     assert "one" not in str(told)
     assert "two" not in str(told)
-    assert changes(old, old.engines[0], launch(old), GPUS) == ()
+    assert changes(old, old.engines[0], launch(old), GPUS, {}) == ()
 
 
 def test_a_record_without_marks_restarts_nobody() -> None:
     text = "version: 1\nengines:\n  chat: {model: m, env: {A: '${S}'}}\n"
     wanted = desired(text, {"S": "one"})
-    assert changes(wanted, wanted.engines[0], launch(wanted, secret_marks={}), GPUS) == ()
+    assert changes(wanted, wanted.engines[0], launch(wanted, secret_marks={}), GPUS, {}) == ()
 
 
 def test_pins_are_satisfied_by_index_or_uuid() -> None:
@@ -135,6 +141,17 @@ def test_pins_are_satisfied_by_index_or_uuid() -> None:
     assert found("model: m", entry, gpus=("GPU-1",)) == ()
     assert found("model: m", "model: m, gpus: [0]", gpus=("GPU-0", "GPU-1")) == (Change("gpus", "[0, 1]", "[0]"),)
     assert found("model: m", "model: m, gpus: [0]", gpus=("GPU-9",)) == (Change("gpus", "[GPU-9]", "[0]"),)
+
+
+def test_links_that_are_good_enough_or_not_known_restart_nobody() -> None:
+    pair, on = "model: m, tensor_parallel_size: 2", ("GPU-0", "GPU-1")
+    assert found(pair, f"{pair}, link: nvlink", FAR, gpus=on) == (Change("link", "any", "nvlink"),)
+    assert found(pair, f"{pair}, link: numa", FAR, gpus=on) == (Change("link", "any", "numa"),)
+    assert found(f"{pair}, link: numa", f"{pair}, link: nvlink", FAR, gpus=on) == (Change("link", "numa", "nvlink"),)
+    assert found(f"{pair}, link: nvlink", f"{pair}, link: any", FAR, gpus=on) == ()
+    assert found(pair, f"{pair}, link: nvlink", NEAR, gpus=on) == ()
+    assert found(pair, f"{pair}, link: nvlink", {}, gpus=on) == ()
+    assert found(f"{pair}, link: nvlink", f"{pair}, link: nvlink", FAR, gpus=on) == (), "its entry did not change"
 
 
 def test_replica_one_takes_the_next_port() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import count
+from itertools import combinations, count
 
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from sage_reconcile.core.check import check_plan
 from sage_reconcile.core.drift import changes
 from sage_reconcile.core.lifecycle import StopCause
-from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Observed, Port
+from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Link, Observed, Port
 from sage_reconcile.core.plan import Plan
 from sage_reconcile.core.plan_text import plan_text
 from sage_reconcile.core.planner import make_plan
@@ -52,6 +52,9 @@ def entries(draw: st.DrawFn) -> str:
         "env": one_of("{TOKEN: one}", "{TOKEN: two}"),
         "runtime": st.just("simulator"),
         "stop_timeout": one_of("2s", "10m"),
+        "spread": st.just("gpu"),
+        "link": one_of("nvlink", "numa"),
+        "exclusive": st.just("true"),
         "startup_timeout": one_of("10s", "2h"),
     }
     for name, values in optional.items():
@@ -143,6 +146,20 @@ def processes(draw: st.DrawFn, gpu: Gpu, found: list[Launch]) -> Gpu:
 
 
 @st.composite
+def linked(draw: st.DrawFn, box: list[Gpu]) -> dict[frozenset[str], Link]:
+    """Islands of two or four, some links inside them lost, and whatever joins the rest; not every link is told."""
+    size = draw(st.sampled_from([2, 4]))
+    found = {}
+    for one, other in combinations(box, 2):
+        inside = [Link.NVLINK, Link.NVLINK, Link.PIX]
+        outside = [Link.NODE, Link.SYS, None]
+        link = draw(st.sampled_from(inside if one.index // size == other.index // size else outside))
+        if link is not None:
+            found[frozenset((one.uuid, other.uuid))] = link
+    return found
+
+
+@st.composite
 def worlds(draw: st.DrawFn, busy: bool = True) -> World:
     text = draw(files())
     ran_text = text if draw(st.booleans()) else draw(files())
@@ -154,7 +171,8 @@ def worlds(draw: st.DrawFn, busy: bool = True) -> World:
         found = [draw(launches(number, ran, box)) for number in range(draw(st.integers(0, 6)))]
     box = [draw(processes(gpu, found)) for gpu in box]
     ports = draw(st.lists(st.integers(8000, 8006), unique=True, max_size=2))
-    observed = Observed(tuple(box), tuple(found), tuple(Port(port, "nginx") for port in ports))
+    links = {} if draw(st.booleans()) else draw(linked(box))
+    observed = Observed(tuple(box), tuple(found), tuple(Port(port, "nginx") for port in ports), links=links)
     return World(ran_text, text, read_once(text), observed)
 
 
@@ -204,7 +222,7 @@ def test_what_runs_unchanged_is_never_touched(world: World) -> None:
         if launch.life is not Life.ALIVE or launch.stopping_since is not None or engine is None or not alone:
             continue
         unchanged = launch.index < engine.spec.replicas and not changes(
-            world.desired, engine, launch, world.observed.gpus
+            world.desired, engine, launch, world.observed.gpus, world.observed.links
         )
         in_time = launch.ready_at is not None or launch.created_at + engine.spec.startup_timeout > NOW
         if unchanged and in_time:
@@ -313,7 +331,7 @@ def test_a_plan_that_was_carried_out_leaves_exactly_what_is_wanted_and_nothing_t
     for replica, launch in runs.items():
         engine = world.desired.engine(launch.engine_name)
         assert engine is not None
-        assert replica in refused or not changes(world.desired, engine, launch, later.gpus)
+        assert replica in refused or not changes(world.desired, engine, launch, later.gpus, later.links)
     second = make_plan(world.desired, later, NOW + 2000)
     assert check_plan(world.desired, later, second) == []
     assert not second.actions, plan_text(second, NOW + 2000)

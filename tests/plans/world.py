@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 
 from sage_reconcile.core.lifecycle import StopCause
 from sage_reconcile.core.memory import parameters_from_config, promised_mib
-from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, ModelFacts, Observed, Port
+from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Link, ModelFacts, Observed, Port
 from sage_reconcile.core.resolve import secret_marks
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.core.units import read_seconds, size_mib
@@ -53,7 +54,7 @@ def load(path: Path) -> Case:
 
 
 def world(data: Mapping[str, Any], ran: Desired, now: float) -> Observed:
-    unknown = data.keys() - {"gpus", "gpu_note", "launches", "ports", "models"}
+    unknown = data.keys() - {"gpus", "gpu_note", "launches", "ports", "models", "links"}
     assert not unknown, f"observed: unknown keys {sorted(unknown)}"
     models = {name: _facts(facts) for name, facts in data.get("models", {}).items()}
     bare = tuple(_gpu(index, item) for index, item in enumerate(data.get("gpus", [])))
@@ -68,7 +69,17 @@ def world(data: Mapping[str, Any], ran: Desired, now: float) -> Observed:
         _filled(gpu, item, held.get(gpu.uuid, [])) for gpu, item in zip(bare, data.get("gpus", []), strict=True)
     )
     ports = tuple(Port(int(number), holder or "") for number, holder in data.get("ports", {}).items())
-    return Observed(gpus, tuple(launches), ports, models, data.get("gpu_note", ""))
+    return Observed(gpus, tuple(launches), ports, models, _links(data.get("links", {})), data.get("gpu_note", ""))
+
+
+def _links(data: Mapping[str, list[list[int]]]) -> dict[frozenset[str], Link]:
+    """``nvlink: [[0, 1], [2, 3]]``: groups of GPUs whose pairs are so linked; the best told of a pair counts."""
+    return {
+        frozenset((f"GPU-{one}", f"GPU-{other}")): link
+        for link in reversed(Link)
+        for group in data.get(link.value, [])
+        for one, other in combinations(group, 2)
+    }
 
 
 def _facts(facts: Mapping[str, Any]) -> ModelFacts:

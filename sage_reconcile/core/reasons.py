@@ -1,0 +1,209 @@
+"""Why a replica has no place, in numbers: what it needs, what is there, and which limit ran out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sage_reconcile.core.memory import Occupancy
+from sage_reconcile.core.observed import Gpu, Link
+from sage_reconcile.core.spec import Engine
+from sage_reconcile.core.units import mib_text
+
+WORST_LINK: Mapping[str, Link] = {"nvlink": Link.NVLINK, "numa": Link.NODE}
+"""What each value of ``link`` asks for at the least; NVLink between NUMA nodes is better than either asks for."""
+_LINKED = {"nvlink": " joined by NVLink (`link: nvlink`)", "numa": " of one NUMA node (`link: numa`)", "any": ""}
+_MOST_SHOWN = 16
+"""GPUs told one by one in a reason: as many as a large box has."""
+
+
+IDLE_MIB = 64
+"""What may show as used on a GPU that nobody uses; the smallest CUDA context takes more than twice as much."""
+
+
+@dataclass(slots=True)
+class Book:
+    """One GPU's page while placing: what it has left, and who has the rest.
+
+    ``barred`` says why it takes nothing new, ``alone`` which replica has it for itself; both empty where neither.
+    ``started_mib`` is what the plan starts there.
+    """
+
+    gpu: Gpu
+    taken: Occupancy
+    barred: str
+    alone: str
+    started_mib: int = 0
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is on it, of ours or of others'."""
+        strangers = any(process.launch is None for process in self.gpu.processes)
+        return not (self.taken.ours or strangers or self.taken.unmanaged_mib > IDLE_MIB)
+
+
+def gib(mib: int) -> str:
+    """MiB as GiB for people: ``23.5GiB``."""
+    return f"{mib / 1024:.1f}GiB"
+
+
+def pinned(engine: Engine, gpu: Gpu) -> bool:
+    """Whether an engine may use this GPU as far as its own ``gpus`` field goes."""
+    pins = engine.spec.gpus
+    return pins == "auto" or gpu.index in pins or gpu.uuid in pins
+
+
+def impossible(engine: Engine, books: Sequence[Book], needs: Sequence[int | None], note: str) -> str:
+    """Why no amount of free memory would help; empty where it would. ``note`` says why there are no GPUs."""
+    spec = engine.spec
+    if not books:
+        why = f": {note}" if note else ""
+        return f"needs {_gpus(spec.gpu_count)}, but this machine has none{why}; `device: cpu` runs it without"
+    if spec.runtime != "simulator" and all(book.gpu.simulated for book in books):
+        return (
+            "the GPUs of this file are simulated (declared under `host.gpus`), and only `runtime: simulator` runs on "
+            "them; use `host.gpus: auto` for the real ones"
+        )
+    missing = (
+        []
+        if spec.gpus == "auto"
+        else [pin for pin in spec.gpus if not any(pin in (b.gpu.index, b.gpu.uuid) for b in books)]
+    )
+    if missing:
+        known = ", ".join(str(book.gpu.index) for book in books)
+        return f"its `gpus` name {', '.join(map(str, missing))}, which this machine does not have; it has {known}"
+    if needs[0] is None:
+        return f"`memory: auto` cannot tell what {spec.model or 'it'} takes; say it with `memory: 24GiB`"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What one GPU means to an engine: ``bar`` is what keeps it off, whatever memory is free there."""
+
+    book: Book
+    need_mib: int
+    free_mib: int
+    bar: str
+
+
+def no_room(
+    engine: Engine, books: Sequence[Book], needs: Sequence[int], groups: Mapping[str, int], *, proven: bool
+) -> str:
+    """Need, what is there, and for every GPU what stands in the way.
+
+    ``needs`` go with the books; ``groups`` tell which GPUs are joined by the links that are asked for.
+    """
+    spec = engine.spec
+    verdicts = [
+        _Verdict(book, need, book.taken.free_mib, _bar(engine, book))
+        for book, need in zip(books, needs, strict=True)
+        if pinned(engine, book.gpu)
+    ]
+    most = max(verdict.need_mib for verdict in verdicts)
+    close = any(v.free_mib < most and gib(v.free_mib) == gib(most) for v in verdicts)
+    size = _mib if close else gib
+    amount = size(most) if spec.memory.kind == "mib" else f"{spec.memory} = {size(most)}"
+    fitting = [v.book for v in verdicts if v.need_mib <= v.free_mib and not v.bar]
+    mixed = spec.gpu_count > 1 and len({v.book.gpu.name for v in verdicts}) > 1
+    best = sorted(range(len(verdicts)), key=lambda at: (bool(verdicts[at].bar), -verdicts[at].free_mib))
+    states = [
+        _state(verdicts[at], f"GPU {verdicts[at].book.gpu.index}{f' ({verdicts[at].book.gpu.name})' * mixed}", size)
+        for at in sorted(best[:_MOST_SHOWN])
+    ]
+    if len(verdicts) > len(states):
+        states.append(f"{len(verdicts) - len(states)} more have no more than these")
+    return (
+        f"needs {amount} on {_gpus(spec.gpu_count)}{_conditions(engine)}; {_has(engine, fitting, groups)}: "
+        + "; ".join(states)
+        + _proof(engine, verdicts, proven=proven)
+    )
+
+
+def _conditions(engine: Engine) -> str:
+    spec = engine.spec
+    them = "it" if spec.gpu_count == 1 else "them"
+    alone = f" with nothing else on {them} (`exclusive: true`)" if spec.exclusive else ""
+    spread = " without another replica of it (`spread: gpu`)" if spec.spread == "gpu" else ""
+    only = "" if spec.gpus == "auto" else f" (`gpus: [{', '.join(str(pin) for pin in spec.gpus)}]`)"
+    linked = _LINKED[spec.link] if spec.gpu_count > 1 else ""
+    return f"{linked}{alone}{spread}{only}"
+
+
+def _has(engine: Engine, fitting: Sequence[Book], groups: Mapping[str, int]) -> str:
+    has = f"{len(fitting)} {'has' if len(fitting) == 1 else 'have'} that free" if fitting else "none has that free"
+    if engine.spec.gpu_count < 2 or engine.spec.link == "any" or len(fitting) < 2:
+        return has
+    joined = [groups[book.gpu.uuid] for book in fitting]
+    most = max(joined.count(group) for group in joined)
+    return f"{has}, and no two of them are known to be so linked" if most < 2 else f"{has}, {most} of them so linked"
+
+
+def _proof(engine: Engine, verdicts: Sequence[_Verdict], *, proven: bool) -> str:
+    """Nothing where the numbers speak for themselves: where it had no place even if nothing else were started."""
+    if not proven:
+        return "; budget ended: no arrangement that makes room was found, and not all were tried"
+    could = [v.book for v in verdicts if not v.book.barred and v.need_mib <= v.free_mib + v.book.started_mib]
+    enough = len(could) >= engine.spec.gpu_count and any(book.started_mib for book in could)
+    return "; exact: no other arrangement of what is started makes room" if enough else ""
+
+
+def _gpus(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count} GPUs of one model"
+
+
+def _mib(mib: int) -> str:
+    """For amounts so close that they would look the same in GiB."""
+    return f"{mib}MiB"
+
+
+def _bar(engine: Engine, book: Book) -> str:
+    """What keeps this engine off a GPU, whatever memory is free there."""
+    if book.barred:
+        return f"takes nothing new ({book.barred})"
+    if book.alone:
+        return f"is for {book.alone} alone (`exclusive: true`)"
+    here = [replica for replica, _ in book.taken.ours if replica.rpartition("/")[0] == engine.name]
+    if engine.spec.spread == "gpu" and here:
+        return f"has {here[0]} already"
+    if engine.spec.exclusive and not book.clean:
+        return f"is not free of others ({', '.join(_holders(book))})"
+    return ""
+
+
+def _holders(book: Book) -> list[str]:
+    holders = [f"{replica} {gib(mib)}" for replica, mib in book.taken.ours]
+    if not book.clean and (book.taken.unmanaged_mib or not holders):
+        holders.append(f"{strangers(book.gpu)} {gib(book.taken.unmanaged_mib)}")
+    return holders
+
+
+def _state(verdict: _Verdict, label: str, size: Callable[[int], str]) -> str:
+    if verdict.bar:
+        return f"{label} {verdict.bar}"
+    book = verdict.book
+    holders = [f"{replica} {gib(mib)}" for replica, mib in book.taken.ours]
+    if book.taken.unmanaged_mib:
+        holders.append(f"{strangers(book.gpu)} {gib(book.taken.unmanaged_mib)}")
+    if book.taken.kept_back_mib:
+        holders.append(f"reserve and headroom {gib(book.taken.kept_back_mib)}")
+    taken = f" ({', '.join(holders)})" if holders else ""
+    return f"{label} has {size(verdict.free_mib)} of {_sold_as(book.gpu)} free{taken}"
+
+
+def _sold_as(gpu: Gpu) -> str:
+    """A GPU's size in the unit in which it is sold."""
+    return mib_text(gpu.memory_total_mib) if gpu.memory_total_mib % 1024 == 0 else gib(gpu.memory_total_mib)
+
+
+def strangers(gpu: Gpu) -> str:
+    """Who holds memory here that is not ours: ``unmanaged: pid 812 alice python``."""
+    found = sorted(
+        (process for process in gpu.processes if process.launch is None),
+        key=lambda p: (-(p.memory_mib or 0), p.pid),
+    )
+    if not found:
+        return "unmanaged"
+    names = [" ".join(part for part in (f"pid {p.pid}", p.user, p.command) if part) for p in found[:3]]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"unmanaged ({', '.join(names)}{more})"
