@@ -173,6 +173,10 @@ class NvmlInventory:
             self.close()
         return _in_order(look.gpus), "" if look.gpus else _nothing_note(cards)
 
+    def cards(self) -> tuple[ModuleType | None, dict[str, tuple[object, str]]]:
+        """NVML while it is open, and handle and PCI id of each card of the last read, by UUID."""
+        return self._nvml, {card.gpu.uuid: (card.handle, card.gpu.pci_id) for card in self._cards.values()}
+
     def close(self) -> None:
         """Lets go of NVML; the next read starts it again."""
         nvml, self._nvml = self._nvml, None

@@ -26,6 +26,7 @@ from sage_reconcile.core.spec import Desired, EngineSpec
 from sage_reconcile.errors import SpawnError, StateError
 from sage_reconcile.host import logs, observe, ports, processes
 from sage_reconcile.host.gpus import NvmlInventory, simulated_inventory
+from sage_reconcile.host.links import LinkReader
 from sage_reconcile.host.observe import Found
 from sage_reconcile.host.probes import Prober, Target, ask_once, loopback
 from sage_reconcile.host.processes import ProcessId
@@ -51,6 +52,7 @@ class LocalHost:
         self.prober = prober
         self.records = Records(state.launches)
         self._nvml = NvmlInventory()
+        self._links = LinkReader()
         self._children: list[subprocess.Popen[bytes]] = []
         self._found: dict[str, Found] = {}
         self._logs: list[Path] = []
@@ -93,6 +95,7 @@ class LocalHost:
             ports=ports.in_use(desired, {record.port for record in records if not record.ended}),
             models=self._model_facts(desired),
             gpu_note=note,
+            links=self._links.read(*self._nvml.cards()),
             problems=tuple(problems),
         )
 
