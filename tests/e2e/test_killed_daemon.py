@@ -242,6 +242,21 @@ class Rounds:
             return "not begun"
         return "settled" if victim.poll() is not None or self.converged(victim) else "under way"
 
+    @contextmanager
+    def ended(self) -> Iterator[None]:
+        """At the end, however it came, nothing of the box runs, not even what has lost its record."""
+        try:
+            yield
+        finally:
+            for process in self.box.daemons:
+                process.kill()
+                process.wait()
+            while left := marked(self.box):
+                for seen in left:
+                    with suppress(ProcessLookupError):
+                        os.kill(seen.pid, signal.SIGKILL)
+                time.sleep(0.01)
+
     def kill_daemon(self) -> None:
         if self.daemon is not None:
             self.daemon.kill()
@@ -296,11 +311,10 @@ def test_a_kill_at_any_moment_loses_nothing_doubles_nothing_and_leaves_nothing(
     box: Box, how: str, seed: int, count: int
 ) -> None:
     rounds = Rounds(box, seed)
-    with decoys():
+    with decoys(), rounds.ended():
         rounds.undisturbed(how)
         for number, part in enumerate(moments(count, rounds.chance)):
             if number in (0, count // 2):
                 rounds.undisturbed(how)
             rounds.killed(how, part)
-        rounds.kill_daemon()
     assert rounds.stages["under way"] >= count // 3, rounds.stages

@@ -388,7 +388,7 @@ def test_memory_is_given_to_whose_session_holds_it_and_strangers_are_named(place
     launch = place.until(wanted, ready=True)
     session = place.host._found[launch.id].session
     # what ended once in a session of the same number takes nothing away from what runs in it now
-    old = record("ffffffff", boot_id="earlier", engine_name="zz")
+    old = record("ffffffff", engine_name="zz")
     place.host.records.save(old)
     line = f"4194001 (sh) S 1 {session} {session} " + "0 " * 15 + "5 0\nexit 0\n"
     place.host.records.run_file(old.id).write_text(line)
