@@ -16,6 +16,7 @@ from typing import Any
 
 from sage_reconcile.core.observed import Life
 from sage_reconcile.core.report import status_document
+from sage_reconcile.core.resolve import values_mark
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.errors import FileFaults, SageReconcileError, StateError
 from sage_reconcile.host import files
@@ -66,7 +67,9 @@ class Passes:
         while (left := deadline - self._loop.time()) > 0:
             probe_in = max(0.0, self.prober.ask() - time.monotonic())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), min(left, probe_in + 0.001))
+                # not wait_for: in Python 3.11 it loses a Ctrl-C that comes with the event
+                async with asyncio.timeout(min(left, probe_in + 0.001)):
+                    await self._woken.wait()
                 return
 
     def _due_in(self, result: Pass) -> float:
@@ -139,7 +142,7 @@ class Daemon:
         """Runs until SIGTERM or SIGINT. SIGHUP reads the file again and ends all back-off."""
         loop = asyncio.get_running_loop()
         passes = Passes(self.state, self.file.parent, self.environ)
-        watcher = FileWatcher(self.file, passes.wake_from_thread)
+        watcher = FileWatcher(self.file, lambda: self._stirred(passes))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, passes)
         loop.add_signal_handler(signal.SIGHUP, self._ask, passes)
@@ -154,6 +157,14 @@ class Daemon:
             watcher.close()
             passes.close()
             self.log.info("ended", engines="left running")
+
+    def _stirred(self, passes: Passes) -> None:
+        """Something happened near the file; most of it, in a busy folder, has nothing to do with it."""
+        if self._signatures() != self._read_digest:
+            passes.wake_from_thread()
+
+    def _signatures(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(files.signature(path) for path in (self.file, *self._also))
 
     def _end(self, passes: Passes) -> None:
         self._over = True
@@ -184,7 +195,7 @@ class Daemon:
 
     def _read(self) -> None:
         """Takes in the file where its content is another one; a bad one changes nothing but the report."""
-        signature = tuple(files.signature(path) for path in (self.file, *self._also))
+        signature = self._signatures()
         if signature == self._read_digest:
             return
         self._read_digest = signature
@@ -199,7 +210,7 @@ class Daemon:
             return
         self.file_error = ""
         self._also = loaded.env_files
-        self._read_digest = tuple(files.signature(path) for path in (self.file, *self._also))
+        self._read_digest = self._signatures()
         self.desired = loaded.desired
         self.generation = self.state.accept(self.file, loaded.desired.digest, loaded.text)
         self.log.info("file accepted", generation=self.generation, engines=len(loaded.desired.engines))
@@ -234,6 +245,7 @@ class Daemon:
             "asked": self._asked,
             "generation": self.generation,
             "digest": self.desired.digest if self.desired else "",
+            "values": values_mark(self.desired, str(os.getpid())) if self.desired else "",
             "file_error": self.file_error,
         }
         if told == self._told:

@@ -13,7 +13,7 @@ from sage_reconcile.cli import rendering
 from sage_reconcile.core.plan_text import plan_text
 from sage_reconcile.core.report import plan_document, status_document
 from sage_reconcile.core.spec import Desired, HostSpec
-from sage_reconcile.errors import FileFaults, LockHeld, NotFound, SageReconcileError
+from sage_reconcile.errors import FileFaults, LockHeld, NotFound, SageReconcileError, StateError
 from sage_reconcile.host import files
 from sage_reconcile.host import logs as log_files
 from sage_reconcile.host.local import LocalHost
@@ -29,8 +29,15 @@ def file_path(given: Path | None) -> Path:
 
 
 def state_folder(given: Path | None) -> StateFolder:
-    """The state folder that is meant."""
-    return StateFolder(Path.cwd() / (given or default_folder(os.environ)))
+    """The state folder that is meant.
+
+    Raises:
+        StateError: something else than a folder is in its place.
+    """
+    path = Path.cwd() / (given or default_folder(os.environ))
+    if path.exists() and not path.is_dir():
+        raise StateError(f"{path} is not a folder; choose another with --state-dir")
+    return StateFolder(path)
 
 
 def init(given: Path | None, *, force: bool) -> int:
@@ -78,7 +85,9 @@ def diff(given: Path | None, state_dir: Path | None, as_json: bool) -> int:
     """``diff``."""
     path, state = file_path(given), state_folder(state_dir)
     desired = files.load(path, os.environ).desired
-    seen = look(LocalHost(state, path.parent, os.environ), desired)
+    holding = state.holder()  # a daemon waits for its back-off; apply, which a person asks for, does not
+    tried = None if holding and holding.role == "daemon" else frozenset[str]()
+    seen = look(LocalHost(state, path.parent, os.environ), desired, tried=tried)
     if as_json:
         print(json.dumps(plan_document(seen.plan), indent=2))
     else:
@@ -111,7 +120,7 @@ def apply(given: Path | None, state_dir: Path | None, *, yes: bool) -> int:
         print("The machine has changed meanwhile; this is the plan now:\n")
         _show_plan(seen)
     if daemon is not None:
-        document = following.follow_daemon(state, daemon, loaded.desired.digest)
+        document = following.follow_daemon(state, daemon, loaded.desired)
     else:
         document = following.settle_here(path, state, loaded.desired, loaded.text)
     return following.conclude(document, _program(given, state_dir))
@@ -176,6 +185,8 @@ def status(given: Path | None, state_dir: Path | None, as_json: bool, *, watch: 
 def read_status(path: Path, state: StateFolder) -> dict[str, Any]:
     """Engines and GPUs as they are now, the file, its generation, and who follows it."""
     told = state.read_json("status.json")
+    holding = state.holder()
+    follows = holding is not None and holding.role == "daemon" and told.get("pid") == holding.pid
     known = state.read_json("generation.json")
     file_error, generation = "", int(known.get("generation") or 0)
     observed_generation = generation
@@ -184,9 +195,10 @@ def read_status(path: Path, state: StateFolder) -> dict[str, Any]:
         generation, _ = state.generation(desired.digest)
     except FileFaults as error:
         file_error = str(error)
+        if follows and "engines" in told and not told["file_error"]:
+            return _told_by_daemon(path, told, holding)  # it has variables of the file that we do not have
         desired = _last_good(path, state) or Desired(HostSpec(), ())
     seen = look(LocalHost(state, path.parent, os.environ), desired)
-    holding = state.holder()
     document = {
         "file": str(path),
         "file_error": file_error,
@@ -195,11 +207,22 @@ def read_status(path: Path, state: StateFolder) -> dict[str, Any]:
         "daemon": {"pid": holding.pid, "since": holding.since} if holding and holding.role == "daemon" else None,
         **status_document(desired, seen.observed, seen.plan, seen.now),
     }
-    if holding and holding.role == "daemon" and told.get("pid") == holding.pid:
+    if follows:
         document["observed_generation"] = told.get("generation", observed_generation)
     if file_error:
         document["converged"] = False
     return document
+
+
+def _told_by_daemon(path: Path, told: dict[str, Any], daemon: Holder | None) -> dict[str, Any]:
+    """The status as the daemon last wrote it."""
+    own = ("pid", "asked", "digest", "values")
+    return {
+        "file": str(path),
+        "observed_generation": told["generation"],
+        "daemon": {"pid": daemon.pid, "since": daemon.since} if daemon else None,
+        **{key: value for key, value in told.items() if key not in own},
+    }
 
 
 def _last_good(path: Path, state: StateFolder) -> Desired | None:
@@ -217,7 +240,8 @@ def _show_status(document: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(document, indent=2))
         return
     if document["file_error"]:
-        rendering.error(f"{document['file_error']}\nWhat was valid last stays in force.")
+        stays = "\nWhat was valid last stays in force." if document["generation"] else ""
+        rendering.error(f"{document['file_error']}{stays}")
     rendering.show_status(document, time.time())
     daemon = document["daemon"]
     follows = f"the daemon (pid {daemon['pid']}) follows it" if daemon else "no daemon follows it"

@@ -14,6 +14,7 @@ from typing import Any
 
 from sage_reconcile.cli import rendering
 from sage_reconcile.core.report import status_document
+from sage_reconcile.core.resolve import values_mark
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.errors import SageReconcileError
 from sage_reconcile.host import logs, processes
@@ -63,10 +64,13 @@ def settle_here(
         raise
     finally:
         state.release_lock()
+    for engine in last.get("engines", ()):
+        for replica in engine["replicas"]:
+            replica["next_try_at"] = None  # nobody is left who would try
     return last
 
 
-def follow_daemon(state: StateFolder, daemon: Holder, digest: str) -> dict[str, Any]:
+def follow_daemon(state: StateFolder, daemon: Holder, desired: Desired) -> dict[str, Any]:
     """Has the daemon read the file again and retry what failed, and follows it until all is settled.
 
     Raises:
@@ -85,8 +89,13 @@ def follow_daemon(state: StateFolder, daemon: Holder, digest: str) -> dict[str, 
                 raise SageReconcileError(told["file_error"])
             if "engines" in told:
                 progress.show(told)
-                if told["digest"] != digest:
+                if told["digest"] != desired.digest:
                     raise SageReconcileError("the file has changed since the plan was made; run apply again")
+                if told["values"] != values_mark(desired, str(daemon.pid)):
+                    raise SageReconcileError(
+                        "the daemon sees other values of the environment or of an env_file than this command, so it "
+                        "has another plan; run apply with its values, or restart the daemon with these"
+                    )
                 if told["converged"] or _nothing_moves(told, begun):
                     return told
         if not processes.alive(processes.ProcessId(daemon.pid, daemon.start_ticks)):

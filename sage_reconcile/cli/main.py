@@ -181,6 +181,9 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:  # of printing: a full disk behind standard output, say
+        print(f"error: {error.strerror}: {error.filename or 'standard output'}", file=sys.stderr)
+        sys.exit(1)
     except SystemExit as end:
         sys.exit(USAGE if end.code == 2 else end.code)
     sys.exit(0)

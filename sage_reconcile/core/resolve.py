@@ -371,3 +371,9 @@ def secret_marks(secrets: Mapping[str, str], salt: str) -> dict[str, str]:
         path: hmac.new(salt.encode(), value.encode(), hashlib.sha256).hexdigest()[:32]
         for path, value in secrets.items()
     }
+
+
+def values_mark(desired: Desired, salt: str) -> str:
+    """A keyed digest of all hidden values of a file: tells whether two readers of it see the same ones."""
+    values = sorted((engine.name, *item) for engine in desired.engines for item in engine.secrets.items())
+    return hmac.new(salt.encode(), repr(values).encode(), hashlib.sha256).hexdigest()[:32]

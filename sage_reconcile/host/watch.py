@@ -17,6 +17,7 @@ from sage_reconcile.host.processes import ProcessId
 STEP_MS = 20
 """How long a burst of saves must pause before it counts as over; also how often the watcher looks."""
 DEBOUNCE_MS = 200
+_MOST_STEPS = 200
 SETTLED_MS = 250
 """So long after a watch began it is sure to be in place: what came before is then looked for once."""
 
@@ -52,7 +53,7 @@ class FileWatcher:
 
     def _folders(self) -> tuple[tuple[str, int], ...]:
         found: dict[str, int] = {}
-        for folder in (self._file.parent, Path(os.path.realpath(self._file)).parent):
+        for folder in (self._file.parent, *_link_folders(self._file)):
             with contextlib.suppress(OSError):
                 found[str(folder)] = folder.stat().st_ino
         return tuple(found.items())
@@ -73,6 +74,24 @@ class FileWatcher:
             for number, found in enumerate(changes):
                 if found or number == 0:
                     self._changed()
+
+
+def _link_folders(file: Path) -> list[Path]:
+    """The folder of every link on the way to a file, and the one where it ends."""
+    folders: list[Path] = []
+    here, left = Path("/"), [*file.parts[1:]]
+    for _ in range(_MOST_STEPS):
+        if not left:
+            break
+        step = here / left.pop(0)
+        if step.is_symlink():
+            folders.append(here)
+            target = step.readlink()
+            left = [*(target.parts[1:] if target.is_absolute() else target.parts), *left]
+            here = Path("/") if target.is_absolute() else here
+        else:
+            here = here.parent if step.name == ".." else step
+    return [*folders, here.parent]
 
 
 class ExitWatcher:

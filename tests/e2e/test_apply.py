@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -239,3 +240,30 @@ def test_on_a_terminal_apply_asks_and_takes_no_for_an_answer(box: Box) -> None:
     assert set(box.ready()) == {"chat/0"}
     code, text = on_a_terminal(box, "must not be asked")
     assert (code, "[y/N]" in text) == (0, False)
+
+
+def test_ctrl_c_ends_apply_in_the_middle_of_its_work(box: Box) -> None:
+    """Sent while passes are busy: Python 3.11 can lose it there."""
+    box.write(f"chat: {{{SIMULATED}, device: cpu, replicas: 12}}", "gpus: none")
+    box.run("apply", "--yes")
+    for seconds, after_s in ((3.1, 0.5), (3.2, 0.9), (3.3, 1.3)):
+        args = f"args: {{simulate-load-seconds: {seconds}}}"
+        box.write(f"chat: {{{SIMULATED}, device: cpu, replicas: 12, {args}}}", "gpus: none")
+        command = [sys.executable, "-m", "sage_reconcile", "apply", "--yes"]
+        restored = (
+            "import signal, os, sys; signal.signal(2, signal.default_int_handler); os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", restored, *command], cwd=box.folder, env=box.environ, stdout=subprocess.PIPE
+        ) as process:
+            time.sleep(after_s)  # when it comes is the point; that it is seen is what is checked
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+        assert process.returncode in (130, -2), seconds
+
+
+def test_what_stands_in_place_of_the_state_folder_is_told(box: Box) -> None:
+    box.write("")
+    (box.folder / "file").write_text("", encoding="utf-8")
+    for command in (["diff"], ["status"], ["apply", "--yes"]):
+        assert "is not a folder" in box.run(*command, "--state-dir", str(box.folder / "file"), expect=1)

@@ -180,3 +180,30 @@ def test_state_is_for_its_owner_only(box: Box) -> None:
     for path in [box.state, *box.state.rglob("*")]:
         if path.is_dir() or path.is_file():
             assert not Path(path).stat().st_mode & 0o077 or "simulated-gpus/" in str(path), path
+
+
+def test_apply_does_not_claim_a_plan_that_the_daemon_does_not_have(box: Box) -> None:
+    """The daemon was started with another value of a variable; status works without it too."""
+    box.write(f"chat: {{{SIMULATED}, env: {{TOKEN: '${{TOKEN}}'}}}}")
+    box.start_daemon(TOKEN="one")
+    before = box.until("ready, also to one who has not the variable", box.ready)
+    assert "the daemon sees other values" in box.run("apply", "--yes", expect=1, TOKEN="two")
+    box.run("apply", "--yes", TOKEN="one")
+    assert box.ready() == before
+    assert box.status()["gpus"]
+
+
+def test_links_on_the_way_to_the_file_are_followed(box: Box) -> None:
+    """`current -> release-1`, and the file is `current/engines.yaml`."""
+    for number, engines in ((1, ONE), (2, TWO)):
+        box.write(engines)
+        (box.folder / f"release-{number}").mkdir()
+        box.file.rename(box.folder / f"release-{number}/engines.yaml")
+    (box.folder / "current").symlink_to("release-1")
+    box.file = box.folder / "current/engines.yaml"
+    box.environ["SAGE_RECONCILE_FILE"] = str(box.file)
+    box.start_daemon()
+    box.until("one", lambda: set(box.ready()) == {"chat/0"})
+    (box.folder / "next").symlink_to("release-2")
+    (box.folder / "next").rename(box.folder / "current")
+    box.until("two, before the slow resync", lambda: set(box.ready()) == {"chat/0", "code/0"}, 20)

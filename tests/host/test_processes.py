@@ -194,7 +194,8 @@ def test_the_exit_is_known_to_one_who_was_not_there(tmp_path: Path) -> None:
     code = (
         "import os\nfrom pathlib import Path\nfrom sage_reconcile.host import processes\n"
         f"f = Path({str(tmp_path)!r})\n"
-        "processes.spawn('chat/0', ['/bin/sh', '-c', 'until [ -e go ]; do sleep 0.01; done; exit 3'], os.environ,"
+        "processes.spawn('chat/0', ['/bin/sh', '-c', '"
+        "n=0; until [ -e go ] || [ $n -gt 3000 ]; do n=$((n+1)); sleep 0.01; done; exit 3'], os.environ,"
         " folder=f, log=f / 'log', run_file=f / 'run')\nos._exit(0)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
