@@ -54,10 +54,10 @@ class Passes:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._woken.set)
 
-    def run(self, desired: Desired, tried: frozenset[str] | None = None) -> Pass:
+    def run(self, desired: Desired, tried: frozenset[str] | None = None, *, allow_moves: bool = False) -> Pass:
         """One pass; from now on the ends of all that runs are watched."""
         self._woken.clear()
-        result = run_pass(self.host, desired, tried=tried)
+        result = run_pass(self.host, desired, tried=tried, allow_moves=allow_moves)
         self._exits.follow(self.host.watched())
         return result
 
@@ -94,14 +94,16 @@ class Passes:
         self.prober.close()
 
 
-async def settle(passes: Passes, desired: Desired, on_pass: Callable[[Pass], None]) -> Pass:
+async def settle(
+    passes: Passes, desired: Desired, on_pass: Callable[[Pass], None], *, allow_moves: bool = False
+) -> Pass:
     """Runs passes until everything desired is ready, or what is not cannot become so without another try.
 
     Each replica is started at most once.
     """
     tried: frozenset[str] = frozenset()
     while True:
-        result = passes.run(desired, tried)
+        result = passes.run(desired, tried, allow_moves=allow_moves)
         tried |= {action.replica for action in result.done if action.kind == "spawn"}
         tried |= {action.replica for action, _ in result.failed if action.kind == "spawn"}
         on_pass(result)
@@ -135,6 +137,7 @@ class Daemon:
         self._also: tuple[Path, ...] = ()
         self._asked = 0
         self._retry_now = False
+        self._moves_for = ""
         self._over = False
         self._told: dict[str, Any] = {}
 
@@ -173,6 +176,7 @@ class Daemon:
     def _ask(self, passes: Passes) -> None:
         self._asked += 1
         self._retry_now = True
+        self._moves_for = self.state.moves_allowed()
         self._read_digest = None
         passes.wake()
 
@@ -184,7 +188,9 @@ class Daemon:
                 return None
             tried: frozenset[str] | None = frozenset() if self._retry_now else None
             self._retry_now = False
-            result = passes.run(self.desired, tried)
+            result = passes.run(self.desired, tried, allow_moves=self._moves_for == self.desired.digest)
+            if not (result.plan.making_room or result.plan.waiting):
+                self._moves_for = ""
             passes.host.tidy()
         except SageReconcileError as error:
             self.log.error("pass failed", error=str(error))  # noqa: TRY400 - the message says it all

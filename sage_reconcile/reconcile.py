@@ -46,15 +46,15 @@ class Pass:
     failed: tuple[tuple[Action, str], ...] = ()
 
 
-def look(host: Host, desired: Desired, *, tried: frozenset[str] | None = None) -> Pass:
-    """A pass that stops before doing anything: what ``diff`` shows. See ``make_plan`` for ``tried``.
+def look(host: Host, desired: Desired, *, tried: frozenset[str] | None = None, allow_moves: bool = False) -> Pass:
+    """A pass that stops before doing anything: what ``diff`` shows. See ``make_plan`` for the options.
 
     Raises:
         UnsafePlan: the plan failed its independent check.
     """
     observed = host.observe(desired)
     now = host.now()
-    plan = make_plan(desired, observed, now, tried=tried)
+    plan = make_plan(desired, observed, now, tried=tried, allow_moves=allow_moves)
     wrong = check_plan(desired, observed, plan)
     if wrong:
         raise UnsafePlan(
@@ -63,13 +63,13 @@ def look(host: Host, desired: Desired, *, tried: frozenset[str] | None = None) -
     return Pass(desired, observed, plan, now)
 
 
-def run_pass(host: Host, desired: Desired, *, tried: frozenset[str] | None = None) -> Pass:
+def run_pass(host: Host, desired: Desired, *, tried: frozenset[str] | None = None, allow_moves: bool = False) -> Pass:
     """One whole pass.
 
     Raises:
         UnsafePlan: the plan failed its independent check; nothing was done.
     """
-    seen = look(host, desired, tried=tried)
+    seen = look(host, desired, tried=tried, allow_moves=allow_moves)
     done: list[Action] = []
     failed: list[tuple[Action, str]] = []
     for action in seen.plan.actions:

@@ -81,13 +81,13 @@ def validate(given: Path | None, as_json: bool) -> int:
     return 1 if faults else 0
 
 
-def diff(given: Path | None, state_dir: Path | None, as_json: bool) -> int:
+def diff(given: Path | None, state_dir: Path | None, as_json: bool, *, allow_moves: bool) -> int:
     """``diff``."""
     path, state = file_path(given), state_folder(state_dir)
     desired = files.load(path, os.environ).desired
     holding = state.holder()  # a daemon waits for its back-off; apply, which a person asks for, does not
     tried = None if holding and holding.role == "daemon" else frozenset[str]()
-    seen = look(LocalHost(state, path.parent, os.environ), desired, tried=tried)
+    seen = look(LocalHost(state, path.parent, os.environ), desired, tried=tried, allow_moves=allow_moves)
     if as_json:
         print(json.dumps(plan_document(seen.plan), indent=2))
     else:
@@ -98,7 +98,7 @@ def diff(given: Path | None, state_dir: Path | None, as_json: bool) -> int:
     return 0 if seen.plan.in_sync else CHANGES
 
 
-def apply(given: Path | None, state_dir: Path | None, *, yes: bool) -> int:
+def apply(given: Path | None, state_dir: Path | None, *, yes: bool, allow_moves: bool) -> int:
     """``apply``: by itself, or by the daemon where one follows the same file."""
     from sage_reconcile.cli import following
 
@@ -106,23 +106,23 @@ def apply(given: Path | None, state_dir: Path | None, *, yes: bool) -> int:
     loaded = files.load(path, os.environ)
     daemon = _daemon_of(path, state)
     host = LocalHost(state, path.parent, os.environ)
-    seen = look(host, loaded.desired, tried=frozenset())
+    seen = look(host, loaded.desired, tried=frozenset(), allow_moves=allow_moves)
     _other_file(path, state)
     _show_plan(seen)
     seen_text = _plan_text(seen)
     while any(seen.plan.actions) and not yes:
         if not _confirmed("Do this?"):
             return 1
-        seen = look(host, loaded.desired, tried=frozenset())
+        seen = look(host, loaded.desired, tried=frozenset(), allow_moves=allow_moves)
         if _plan_text(seen) == seen_text:
             break
         seen_text = _plan_text(seen)
         print("The machine has changed meanwhile; this is the plan now:\n")
         _show_plan(seen)
     if daemon is not None:
-        document = following.follow_daemon(state, daemon, loaded.desired)
+        document = following.follow_daemon(state, daemon, loaded.desired, allow_moves=allow_moves)
     else:
-        document = following.settle_here(path, state, loaded.desired, loaded.text)
+        document = following.settle_here(path, state, loaded.desired, loaded.text, allow_moves=allow_moves)
     return following.conclude(document, _program(given, state_dir))
 
 

@@ -26,7 +26,13 @@ _POLL_S = 0.05
 
 
 def settle_here(
-    path: Path, state: StateFolder, desired: Desired, text: str | None, role: str = "apply"
+    path: Path,
+    state: StateFolder,
+    desired: Desired,
+    text: str | None,
+    *,
+    role: str = "apply",
+    allow_moves: bool = False,
 ) -> dict[str, Any]:
     """Reconciles in this process until all is settled; returns the last status document.
 
@@ -51,7 +57,7 @@ def settle_here(
     async def work() -> None:
         passes = Passes(state, path.parent, os.environ)
         try:
-            await settle(passes, desired, on_pass)
+            await settle(passes, desired, on_pass, allow_moves=allow_moves)
         finally:
             passes.close()
 
@@ -70,7 +76,7 @@ def settle_here(
     return last
 
 
-def follow_daemon(state: StateFolder, daemon: Holder, desired: Desired) -> dict[str, Any]:
+def follow_daemon(state: StateFolder, daemon: Holder, desired: Desired, *, allow_moves: bool = False) -> dict[str, Any]:
     """Has the daemon read the file again and retry what failed, and follows it until all is settled.
 
     Raises:
@@ -78,6 +84,8 @@ def follow_daemon(state: StateFolder, daemon: Holder, desired: Desired) -> dict[
     """
     asked_before = state.read_json("status.json").get("asked", 0)
     begun = time.time()
+    if allow_moves:
+        state.allow_moves(desired.digest)
     if not processes.send(processes.ProcessId(daemon.pid, daemon.start_ticks), signal.SIGHUP):
         raise SageReconcileError(f"the daemon (pid {daemon.pid}) has ended; try again")
     print(f"The daemon (pid {daemon.pid}) does it.")
@@ -89,18 +97,22 @@ def follow_daemon(state: StateFolder, daemon: Holder, desired: Desired) -> dict[
                 raise SageReconcileError(told["file_error"])
             if "engines" in told:
                 progress.show(told)
-                if told["digest"] != desired.digest:
-                    raise SageReconcileError("the file has changed since the plan was made; run apply again")
-                if told["values"] != values_mark(desired, str(daemon.pid)):
-                    raise SageReconcileError(
-                        "the daemon sees other values of the environment or of an env_file than this command, so it "
-                        "has another plan; run apply with its values, or restart the daemon with these"
-                    )
+                _same_file(told, desired, daemon)
                 if told["converged"] or _nothing_moves(told, begun):
                     return told
         if not processes.alive(processes.ProcessId(daemon.pid, daemon.start_ticks)):
             raise SageReconcileError(f"the daemon (pid {daemon.pid}) has ended; engines that run go on running")
         time.sleep(_POLL_S)
+
+
+def _same_file(told: dict[str, Any], desired: Desired, daemon: Holder) -> None:
+    if told["digest"] != desired.digest:
+        raise SageReconcileError("the file has changed since the plan was made; run apply again")
+    if told["values"] != values_mark(desired, str(daemon.pid)):
+        raise SageReconcileError(
+            "the daemon sees other values of the environment or of an env_file than this command, so it "
+            "has another plan; run apply with its values, or restart the daemon with these"
+        )
 
 
 def _nothing_moves(told: dict[str, Any], begun: float) -> bool:

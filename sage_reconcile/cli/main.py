@@ -46,6 +46,10 @@ State = Annotated[
     ),
 ]
 Output = Annotated[str, typer.Option("-o", "--output", help="text or json.", metavar="text|json")]
+AllowMoves = Annotated[
+    bool,
+    typer.Option("--allow-moves", help="Move any running replica where that lets in one that has no place."),
+]
 Yes = Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")]
 
 
@@ -90,19 +94,19 @@ def validate(file: File = None, output: Output = "text") -> None:
 
 
 @app.command()
-def diff(file: File = None, state_dir: State = None, output: Output = "text") -> None:
+def diff(file: File = None, state_dir: State = None, output: Output = "text", allow_moves: AllowMoves = False) -> None:
     """Show what apply would do, and why. Exits 0 in sync, 2 changes, 3 something cannot be placed."""
     from sage_reconcile.cli import commands
 
-    raise Finished(commands.diff(file, state_dir, _format(output)))
+    raise Finished(commands.diff(file, state_dir, _format(output), allow_moves=allow_moves))
 
 
 @app.command()
-def apply(file: File = None, state_dir: State = None, yes: Yes = False) -> None:
+def apply(file: File = None, state_dir: State = None, yes: Yes = False, allow_moves: AllowMoves = False) -> None:
     """Make the machine follow the file, and wait until it does."""
     from sage_reconcile.cli import commands
 
-    raise Finished(commands.apply(file, state_dir, yes=yes))
+    raise Finished(commands.apply(file, state_dir, yes=yes, allow_moves=allow_moves))
 
 
 @app.command()

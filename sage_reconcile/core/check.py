@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
 from sage_reconcile.core.plan import Action, Plan
@@ -78,11 +78,14 @@ def _complete(desired: Desired, plan: Plan) -> Iterator[str]:
 
 
 def _memory(desired: Desired, observed: Observed, plan: Plan) -> Iterator[str]:
-    """Adds up, for each GPU, what stays and what comes; only what the plan ends may be left out."""
-    ended = {action.launch for action in plan.actions if action.kind != "spawn"}
+    """Adds up, for each GPU and each start on it, what is there then and what comes.
+
+    Only what the plan ends before a start may be left out of it, and what is stopping, for which it has to wait.
+    """
     stopping = {launch.id for launch in observed.launches if _is_stopping(launch)}
     engines = {engine.name: engine for engine in desired.engines}
     gpus = {gpu.uuid: gpu for gpu in observed.gpus}
+    actions = {action.id: action for action in plan.actions}
     spawns = [action for action in plan.actions if action.kind == "spawn"]
     touched = {gpu.uuid for action in spawns for gpu in action.gpus}
     for uuid in sorted(touched - gpus.keys()):
@@ -90,14 +93,28 @@ def _memory(desired: Desired, observed: Observed, plan: Plan) -> Iterator[str]:
     for uuid in sorted(touched & gpus.keys()):
         gpu = gpus[uuid]
         new = [action for action in spawns if uuid in {used.uuid for used in action.gpus}]
-        taken = _taken(gpu, observed.launches, ended | stopping)
-        total = taken + gpu.memory_reserved_mib + desired.host.headroom + sum(action.memory_mib for action in new)
-        if total > gpu.memory_total_mib:
-            yield f"GPU {gpu.index} would hold {total} MiB of {gpu.memory_total_mib} MiB"
+        started = gpu.memory_reserved_mib + desired.host.headroom
+        for action in new:
+            started += action.memory_mib
+            gone = {actions[step].launch for step in _all_before(action, actions) if step in actions}
+            total = started + _taken(gpu, observed.launches, gone | stopping)
+            if action.waits_for:
+                total -= _not_back(gpu, observed.launches)
+            if total > gpu.memory_total_mib:
+                yield f"GPU {gpu.index} would hold {total} MiB of {gpu.memory_total_mib} MiB after {action.id}"
         if gpu.problem or gpu.index in desired.host.exclude or uuid in desired.host.exclude:
             yield f"GPU {gpu.index} takes nothing new, but {new[0].id} is placed there"
     for action in spawns:
         yield from _one_spawn(action, engines)
+
+
+def _not_back(gpu: Gpu, launches: tuple[Launch, ...]) -> int:
+    """MiB that no process is named for, as far as launches that ended on this GPU had been promised it."""
+    if any(process.memory_mib is None for process in gpu.processes):
+        return 0
+    unnamed = gpu.memory_used_mib - sum(process.memory_mib or 0 for process in gpu.processes)
+    ended = (launch for launch in launches if launch.life is Life.EXITED and gpu.uuid in launch.gpus)
+    return min(max(0, unnamed), sum(launch.memory_mib for launch in ended))
 
 
 def _taken(gpu: Gpu, launches: tuple[Launch, ...], gone: set[str]) -> int:
@@ -200,29 +217,47 @@ def _ports(observed: Observed, plan: Plan) -> Iterator[str]:
 
 
 def _starts_after_stops(observed: Observed, plan: Plan) -> Iterator[str]:
-    """Whatever shares the replica, the port or a GPU with a start, and ends, must have ended before it."""
+    """Whatever shares the replica, the port or a GPU with a start, and ends, must have ended before it.
+
+    But for what it takes over from: that ends after it, and they share no more than the name.
+    """
     actions = {action.id: action for action in plan.actions}
     acting = {action.launch: action for action in plan.actions if action.kind != "spawn"}
-    relevant = [
-        launch
-        for launch in observed.launches
-        if launch.life is not Life.EXITED and (launch.id in acting or _is_stopping(launch))
-    ]
     by_key: dict[object, list[Launch]] = {}
-    for launch in relevant:
-        for key in (launch.replica, launch.port, *launch.gpus):
-            by_key.setdefault(key, []).append(launch)
+    for launch in observed.launches:
+        if launch.life is not Life.EXITED and (launch.id in acting or _is_stopping(launch)):
+            for key in (launch.replica, launch.port, *launch.gpus):
+                by_key.setdefault(key, []).append(launch)
     for action in plan.actions:
-        if action.kind != "spawn":
-            continue
-        before = _all_before(action, actions)
-        for key in (action.replica, action.port, *(gpu.uuid for gpu in action.gpus)):
-            for launch in by_key.get(key, ()):
-                ending = acting.get(launch.id)
-                if ending is None and not action.waits_for:
-                    yield f"{action.id} does not wait for {launch.replica}, which is still stopping"
-                if ending is not None and ending.id not in before:
-                    yield f"{action.id} does not come after {ending.id}"
+        if action.kind == "spawn":
+            keys = (action.replica, action.port, *(gpu.uuid for gpu in action.gpus))
+            sharing = {launch.id: launch for key in keys for launch in by_key.get(key, ())}
+            yield from _one_start(action, sharing.values(), acting, actions)
+
+
+def _one_start(
+    action: Action, sharing: Iterable[Launch], acting: dict[str, Action], actions: dict[str, Action]
+) -> Iterator[str]:
+    before = _all_before(action, actions)
+    for launch in sharing:
+        ending = acting.get(launch.id)
+        if launch.id == action.predecessor:
+            yield from _takes_over(action, launch, ending, actions)
+        elif ending is None and not action.waits_for:
+            yield f"{action.id} does not wait for {launch.replica}, which is still stopping"
+        elif ending is not None and ending.id not in before:
+            yield f"{action.id} does not come after {ending.id}"
+    if action.predecessor and action.predecessor not in acting:
+        yield f"{action.id} takes over from {action.predecessor}, which does not end"
+
+
+def _takes_over(action: Action, launch: Launch, ending: Action | None, actions: dict[str, Action]) -> Iterator[str]:
+    if launch.replica != action.replica or launch.port == action.port:
+        yield f"{action.id} takes over from {launch.id}, which is another replica or has the same port"
+    if {gpu.uuid for gpu in action.gpus} & set(launch.gpus):
+        yield f"{action.id} takes over from {launch.id} on a GPU of its own"
+    if ending is None or action.id not in _all_before(ending, actions):
+        yield f"{launch.id} does not serve until {action.id} is ready"
 
 
 def _is_stopping(launch: Launch) -> bool:

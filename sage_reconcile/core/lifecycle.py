@@ -21,6 +21,8 @@ class StopCause(StrEnum):
     CHANGED = "its entry changed"
     STARTUP_TIMEOUT = "not ready in time"
     ENDED = "its leader ended"
+    MOVED = "moved to make room"
+    DISPLACED = "gave way to a higher priority"
 
 
 class Phase(StrEnum):

@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from sage_reconcile.core.observed import Gpu, Launch, ModelFacts, Observed
+from sage_reconcile.core.observed import Gpu, Launch, Life, ModelFacts, Observed
 from sage_reconcile.core.spec import EngineSpec
 
 BYTES_PER_PARAMETER = 2
 """bfloat16, what vLLM serves by default."""
+MEMORY_RETURN_S = 30.0
+"""How long what a process held may take to come back after its end; the driver is done within a few seconds."""
 _MARGIN = 1.2
 _BASE_MIB = 2048
 _OUTSIDE_ONE_RANK_MIB = 614
@@ -158,3 +160,44 @@ def occupancy(
             ours.append((launch.replica, max(promised, mine)))
     unmanaged = max(0, gpu.memory_used_mib - known)
     return Occupancy(gpu.memory_total_mib, gpu.memory_reserved_mib + headroom_mib, tuple(ours), unmanaged)
+
+
+@dataclass(frozen=True, slots=True)
+class Lingering:
+    """Memory of a GPU that is still shown as used and that nobody holds but, so it seems, what has just ended there.
+
+    ``launches`` are the ids of what ended, ``replicas`` their names.
+    """
+
+    mib: int
+    launches: frozenset[str]
+    replicas: tuple[str, ...]
+
+
+def lingering(gpu: Gpu, launches: Iterable[Launch], now: float) -> Lingering | None:
+    """What is not back yet of launches that ended less than ``MEMORY_RETURN_S`` ago; None where all is.
+
+    That is what NVML shows as used and names no process for, as far as they had been promised it. Where it does
+    not tell how much a stranger holds, nothing can be known of the rest.
+    """
+    ended = [
+        launch
+        for launch in launches
+        if launch.life is Life.EXITED
+        and gpu.uuid in launch.gpus
+        and launch.exit is not None
+        and launch.exit.at is not None
+        and 0 <= now - launch.exit.at < MEMORY_RETURN_S
+    ]
+    mib = min(unexplained_mib(gpu), sum(launch.memory_mib for launch in ended))
+    if mib <= 0:
+        return None
+    names = tuple(sorted({launch.replica for launch in ended}))
+    return Lingering(mib, frozenset(launch.id for launch in ended), names)
+
+
+def unexplained_mib(gpu: Gpu) -> int:
+    """Memory that is shown as used and that no process is named for; 0 where a process's share is not told."""
+    if any(process.memory_mib is None for process in gpu.processes):
+        return 0
+    return max(0, gpu.memory_used_mib - sum(process.memory_mib or 0 for process in gpu.processes))

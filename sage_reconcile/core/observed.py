@@ -131,7 +131,9 @@ class Launch:
     Times are seconds since the epoch. ``spec`` is the full resolved entry it was started from,
     secrets replaced by their ``${NAME}``; ``secret_marks`` are keyed digests by field path.
     ``failures`` counts the failed launches in a row before this one; ``restarts`` how often the replica
-    was started again since its entry last changed.
+    was started again since its entry last changed. ``predecessor`` is the id of the launch that it takes over
+    from: that one ends when this one is ready. ``destination`` are the GPUs, by UUID, on which its replica was
+    to be started again when it was stopped.
     """
 
     id: str
@@ -155,6 +157,8 @@ class Launch:
     failures: int = 0
     log_path: str = ""
     stage: str = ""
+    predecessor: str = ""
+    destination: tuple[str, ...] = ()
 
     @property
     def replica(self) -> str:

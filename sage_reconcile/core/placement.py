@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sage_reconcile.core.memory import Occupancy, launches_by_gpu, occupancy, promised_mib
 from sage_reconcile.core.observed import Gpu, Launch, Link, Observed, link_groups
-from sage_reconcile.core.packing import pack
+from sage_reconcile.core.packing import BUDGET, pack
 from sage_reconcile.core.reasons import WORST_LINK, Book, impossible, no_room, pinned
 from sage_reconcile.core.slots import Item, Option, Slot
 from sage_reconcile.core.spec import Desired, Engine, HostSpec
@@ -17,18 +17,24 @@ from sage_reconcile.core.spec import Desired, Engine, HostSpec
 class Request:
     """A replica that needs a place.
 
-    ``position`` is its engine's place in the file; ``returning`` tells that it gives up a place which it has.
+    ``position`` is its engine's place in the file; ``returning`` tells that it gives up a place which it has;
+    ``destination`` are the GPUs (by UUID) to which it was on its way when it was stopped.
     """
 
     engine: Engine
     index: int
     position: int
     returning: bool = False
+    destination: tuple[str, ...] = ()
 
     @property
     def replica(self) -> str:
         """``chat/0``."""
         return f"{self.engine.name}/{self.index}"
+
+    def rank(self) -> tuple[bool, int, int, int]:
+        """Where it stands in the order of admission."""
+        return not self.returning, -self.engine.spec.priority, self.position, self.index
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,11 @@ class Refusal:
 
 
 def place(
-    desired: Desired, observed: Observed, requests: Iterable[Request], leaving: frozenset[str]
+    desired: Desired,
+    observed: Observed,
+    requests: Iterable[Request],
+    leaving: frozenset[str],
+    budget: int = BUDGET,
 ) -> dict[str, Placement | Refusal]:
     """A place, or a reason why not, for every request.
 
@@ -55,11 +65,27 @@ def place(
     up a place (a newcomer never displaces what runs), then by priority, then in file order: each gets in if and
     only if it and all before it can be placed together. Of the arrangements that hold them all the one is taken
     that links the ranks of each best, leaves most islands and GPUs whole, and fits tightest; then the order of
-    PCI ids decides.
+    PCI ids decides. What is on its way to a place goes there or nowhere. ``budget`` is what may be spent on searching.
     """
-    return _Placing(desired, observed, leaving).results(
-        sorted(requests, key=lambda r: (not r.returning, -r.engine.spec.priority, r.position, r.index))
-    )
+    return _Placing(desired, observed, leaving).results(sorted(requests, key=Request.rank), budget)
+
+
+def books(desired: Desired, observed: Observed, leaving: frozenset[str]) -> list[Book]:
+    """A page for each GPU with what is on it once those in ``leaving`` have gone, in the order of PCI ids."""
+    alone = {engine.name for engine in desired.engines if engine.spec.exclusive}
+    on = launches_by_gpu(observed)
+    found = []
+    for gpu in sorted(observed.gpus, key=lambda gpu: (gpu.pci_id, gpu.index)):
+        here = [launch for launch in on[gpu.uuid] if launch.id not in leaving]
+        exclusive = (x.replica for x in here if x.engine_name in alone or x.spec.get("exclusive") is True)
+        taken = occupancy(gpu, on[gpu.uuid], desired.host.headroom, leaving=leaving)
+        found.append(Book(gpu, taken, _barred(desired.host, gpu), next(exclusive, "")))
+    return found
+
+
+def needs(engine: Engine, gpu: Gpu, observed: Observed) -> int | None:
+    """MiB that a replica of this engine needs of this GPU; None where that cannot be told."""
+    return promised_mib(engine.spec, gpu, observed.models.get(engine.spec.model or ""))
 
 
 class _Placing:
@@ -68,53 +94,47 @@ class _Placing:
     def __init__(self, desired: Desired, observed: Observed, leaving: frozenset[str]) -> None:
         self.observed = observed
         self.spread = [engine.name for engine in desired.engines if engine.spec.spread == "gpu"]
-        alone = {engine.name for engine in desired.engines if engine.spec.exclusive}
-        on = launches_by_gpu(observed)
-        self.books = []
-        for gpu in sorted(observed.gpus, key=lambda gpu: (gpu.pci_id, gpu.index)):
-            here = [launch for launch in on[gpu.uuid] if launch.id not in leaving]
-            exclusive = (x.replica for x in here if x.engine_name in alone or x.spec.get("exclusive") is True)
-            taken = occupancy(gpu, on[gpu.uuid], desired.host.headroom, leaving=leaving)
-            self.books.append(Book(gpu, taken, _barred(desired.host, gpu), next(exclusive, "")))
+        self.books = books(desired, observed, leaving)
         self._kinds: dict[tuple[str, int], list[int]] = {}
         for position, book in enumerate(self.books):
             self._kinds.setdefault((book.gpu.name, book.gpu.memory_total_mib), []).append(position)
         self._groups: dict[Link, dict[str, int]] = {}
         self._pools: dict[object, tuple[tuple[int, ...], ...]] = {}
 
-    def results(self, requests: Sequence[Request]) -> dict[str, Placement | Refusal]:
+    def results(self, requests: Sequence[Request], budget: int) -> dict[str, Placement | Refusal]:
         """What becomes of each request, in this order."""
         results: dict[str, Placement | Refusal] = {}
-        items: dict[str, Item | str] = {}
-        asking: list[Request] = []
+        items: dict[tuple[str, tuple[str, ...]], Item | str] = {}
+        asking: list[tuple[Request, Item]] = []
         for request in requests:
-            name = request.engine.name
+            name = request.engine.name, request.destination
             if not request.engine.spec.gpu_count:
                 results[request.replica] = Placement((), 0)
                 continue
             if name not in items:
-                items[name] = self._item(request.engine)
+                items[name] = self._item(request.engine, request.destination)
             item = items[name]
             if isinstance(item, str):
                 results[request.replica] = Refusal(item)
             else:
-                asking.append(request)
-        packed = pack([x for r in asking for x in (items[r.engine.name],) if isinstance(x, Item)], self._slots())
+                asking.append((request, item))
+        packed = pack([item for _, item in asking], self._slots(), budget)
         for position, found in sorted(packed.places.items()):
-            request = asking[position]
+            request = asking[position][0]
             gpus = tuple(self.books[slot].gpu for slot in found.slots)
             results[request.replica] = Placement(gpus, found.need_mib)
             self._enter(request, found.slots, found.need_mib)
         told: dict[tuple[str, bool], Refusal] = {}
         for position, proven in packed.refused.items():
-            engine = asking[position].engine
+            request = asking[position][0]
+            engine = request.engine
             if (engine.name, proven) not in told:
                 told[engine.name, proven] = Refusal(self._reason(engine, proven=proven))
-            results[asking[position].replica] = told[engine.name, proven]
+            results[request.replica] = told[engine.name, proven]
         return results
 
     def _need(self, engine: Engine, gpu: Gpu) -> int | None:
-        return promised_mib(engine.spec, gpu, self.observed.models.get(engine.spec.model or ""))
+        return needs(engine, gpu, self.observed)
 
     def _slots(self) -> list[Slot]:
         bits = {name: 1 << number for number, name in enumerate(self.spread)}
@@ -147,7 +167,7 @@ class _Placing:
             self._groups[link] = link_groups(uuids, links, link) if links else numbers
         return self._groups[link]
 
-    def _item(self, engine: Engine) -> Item | str:
+    def _item(self, engine: Engine, destination: tuple[str, ...]) -> Item | str:
         """What to pack for a replica of this engine, or why no amount of memory would help."""
         needs = {kind: self._need(engine, self.books[slots[0]].gpu) for kind, slots in self._kinds.items()}
         reason = impossible(engine, self.books, list(needs.values()), self.observed.gpu_note)
@@ -159,6 +179,8 @@ class _Placing:
             for most in sorted({need for kind, need in known.items() if kind[0] == name}):
                 kinds = tuple(kind for kind, need in known.items() if kind[0] == name and need <= most)
                 pools = self._allowed(engine, kinds)
+                if destination:
+                    pools = tuple(tuple(x for x in pool if self.books[x].gpu.uuid in destination) for pool in pools)
                 options += [Option(most, pool) for pool in pools if len(pool) >= engine.spec.gpu_count]
         spread = 1 << self.spread.index(engine.name) if engine.name in self.spread else 0
         return Item(engine.spec.gpu_count, tuple(options), spread, engine.spec.exclusive)

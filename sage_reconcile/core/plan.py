@@ -22,7 +22,9 @@ class Action:
 
     ``after`` are the ids of actions that must have come to their end first (for a spawn: the replica is
     ready or has failed); ``waits_for`` says what else it waits for, and is empty where it can be done now.
-    ``launch`` is the id of the launch it acts on; a spawn has none yet.
+    ``launch`` is the id of the launch it acts on; a spawn has none yet, but ``predecessor`` where it takes over
+    from a launch that ends when this one is ready. ``goes_to`` is where what is stopped is started again, where
+    that is settled already.
     """
 
     id: str
@@ -40,6 +42,8 @@ class Action:
     changes: tuple[Change, ...] = ()
     restarts: int = 0
     failures: int = 0
+    predecessor: str = ""
+    goes_to: tuple[Gpu, ...] = ()
 
     @property
     def now(self) -> bool:
@@ -65,6 +69,30 @@ class Unplaced:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """A running replica that goes to other GPUs.
+
+    ``start_first`` tells that it is started there before it ends here, so that it never stops serving;
+    ``restart_s`` is how long it took to get ready last time, in seconds.
+    """
+
+    launch: Launch
+    from_gpus: tuple[Gpu, ...]
+    to_gpus: tuple[Gpu, ...]
+    memory_mib: int
+    start_first: bool
+    restart_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What would let in a replica that has no place: moves that nobody allowed yet."""
+
+    replica: str
+    moves: tuple[Move, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GpuMap:
     """A GPU before and after the plan."""
 
@@ -77,13 +105,14 @@ class GpuMap:
 class Plan:
     """All that shall happen, and what shall not and why.
 
-    ``waiting`` tells of stops under way; ``forget`` are ids of ended launches whose records are no longer
-    needed; ``notes`` are things a person should know.
+    ``proposals`` would let in some of what is unplaced; ``waiting`` tells of what is under way; ``forget`` are ids
+    of ended launches whose records are no longer needed; ``notes`` are things a person should know.
     """
 
     actions: tuple[Action, ...] = ()
     kept: tuple[Kept, ...] = ()
     unplaced: tuple[Unplaced, ...] = ()
+    proposals: tuple[Proposal, ...] = ()
     waiting: tuple[str, ...] = ()
     gpus: tuple[GpuMap, ...] = ()
     forget: tuple[str, ...] = ()
@@ -95,6 +124,15 @@ class Plan:
         return not (self.actions or self.unplaced or self.waiting)
 
     def replaced(self) -> frozenset[str]:
-        """The replicas that are stopped and started again."""
+        """The replicas that are stopped and started again, moved ones among them."""
         stopped = {action.replica for action in self.actions if action.kind != "spawn"}
         return frozenset(stopped & {action.replica for action in self.actions if action.kind == "spawn"})
+
+    def moved(self) -> frozenset[str]:
+        """The replicas that go to other GPUs to make room; those that are on their way are among them."""
+        return frozenset(action.replica for action in self.actions if action.stop_cause is StopCause.MOVED)
+
+    @property
+    def making_room(self) -> bool:
+        """Whether a replica is moved or displaced: what has no place may get one when that is done."""
+        return any(action.stop_cause in (StopCause.MOVED, StopCause.DISPLACED) for action in self.actions)

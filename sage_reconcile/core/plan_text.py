@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sage_reconcile.core.drift import Change
 from sage_reconcile.core.memory import Occupancy
 from sage_reconcile.core.observed import Gpu
-from sage_reconcile.core.plan import Action, Plan
+from sage_reconcile.core.plan import Action, Move, Plan
 from sage_reconcile.core.reasons import gib
 
 _BAR = 20
@@ -14,50 +15,46 @@ _BAR = 20
 
 def plan_text(plan: Plan, now: float) -> str:
     """The whole plan: engines, order, GPUs before and after, counts. Ends with a newline."""
-    lines = [*_engines(plan, now), *_order(plan), *_gpus(plan), *_notes(plan), counts(plan)]
+    lines = [*_engines(plan, now), *_proposals(plan), *_order(plan), *_gpus(plan), *_notes(plan), counts(plan)]
     return "\n".join(lines) + "\n"
 
 
 def counts(plan: Plan) -> str:
-    """One line: how many replicas start, are replaced, stop, stay and have no place."""
+    """One line: how many replicas start, are replaced, move (if any do), stop, stay and have no place."""
     told = summary(plan)
+    moves = f"{told['move']} to move, " if told["move"] else ""
     return (
-        f"{told['start']} to start, {told['replace']} to replace, {told['stop']} to stop, "
+        f"{told['start']} to start, {told['replace']} to replace, {moves}{told['stop']} to stop, "
         f"{told['unchanged']} unchanged, {told['unplaced']} unplaced."
     )
 
 
 def summary(plan: Plan) -> dict[str, int]:
     """The counts of a plan by name."""
-    replaced = plan.replaced()
+    replaced, moved = plan.replaced(), plan.moved()
     return {
         "start": sum(action.kind == "spawn" and action.replica not in replaced for action in plan.actions),
-        "replace": len(replaced),
-        "stop": len({a.replica for a in plan.actions if a.kind != "spawn" and a.replica not in replaced}),
+        "replace": len(replaced - moved),
+        "move": len(moved),
+        "stop": len({a.replica for a in plan.actions if a.kind != "spawn"} - replaced - moved),
         "unchanged": len(plan.kept),
         "unplaced": len(plan.unplaced),
     }
 
 
 def _engines(plan: Plan, now: float) -> Iterator[str]:
-    replaced = plan.replaced()
+    replaced, moved = plan.replaced(), plan.moved()
     ends = {action.replica: action for action in plan.actions if action.kind != "spawn"}
     rows: list[tuple[str, list[str]]] = []
     for action in plan.actions:
         if action.kind == "spawn":
             sign, verb = ("~", "replace") if action.replica in replaced else ("+", "start")
-            before = ends.get(action.replica)
-            changed = before.changes if before else ()
-            reasons = [] if changed else [before.cause if before else action.cause]
-            detail = [
-                f"{change.field}: {change.old or '(not set)'} -> {change.new or '(not set)'}" for change in changed
-            ]
-            if action.not_before is not None:
-                detail.append(f"starts in {max(0.0, action.not_before - now):.0f}s")
+            verb = "move" if action.replica in moved else verb
             where = f"{_place(action.gpus, action.memory_mib)}  port {action.port}"
-            rows.append((f"{sign} {action.replica}\0{verb}\0{where}", [*reasons, *detail]))
+            rows.append((f"{sign} {action.replica}\0{verb}\0{where}", _why(action, ends.get(action.replica), now)))
         elif action.replica not in replaced:
-            rows.append((f"- {action.replica}\0{action.kind}\0{action.cause}", []))
+            sign, verb = ("~", "move") if action.replica in moved else ("-", action.kind)
+            rows.append((f"{sign} {action.replica}\0{verb}\0{action.cause}", []))
     for kept in plan.kept:
         seen = kept.gpus or not kept.launch.gpus
         on = _place(kept.gpus, kept.launch.memory_mib) if seen else f"{', '.join(kept.launch.gpus)} (not seen)"
@@ -76,12 +73,50 @@ def _engines(plan: Plan, now: float) -> Iterator[str]:
         yield ""
 
 
+def _why(action: Action, before: Action | None, now: float) -> list[str]:
+    """The lines below a start: what it follows from, and when it comes."""
+    told = [
+        f"{change.field}: {change.old or '(not set)'} -> {change.new or '(not set)'}" for change in _changes(before)
+    ]
+    told = told or [before.cause if before else action.cause]
+    if action.predecessor:
+        told.append("starts there first, and ends here when it is ready: no downtime")
+    if action.not_before is not None:
+        told.append(f"starts in {max(0.0, action.not_before - now):.0f}s")
+    return told
+
+
+def _changes(action: Action | None) -> tuple[Change, ...]:
+    return action.changes if action else ()
+
+
 def _place(gpus: tuple[Gpu, ...], memory_mib: int) -> str:
     if not gpus:
         return "CPU"
-    word = "GPU" if len(gpus) == 1 else "GPUs"
     each = " each" if len(gpus) > 1 else ""
-    return f"{word} {','.join(str(gpu.index) for gpu in gpus)} ({gpus[0].name})  {gib(memory_mib)}{each}"
+    return f"{_named(gpus)} ({gpus[0].name})  {gib(memory_mib)}{each}"
+
+
+def _named(gpus: tuple[Gpu, ...]) -> str:
+    return f"{'GPU' if len(gpus) == 1 else 'GPUs'} {','.join(str(gpu.index) for gpu in gpus)}"
+
+
+def _proposals(plan: Plan) -> Iterator[str]:
+    for proposal in plan.proposals:
+        count = len(proposal.moves)
+        yield f"Proposal: {proposal.replica} gets in if {count} {'replica moves' if count == 1 else 'replicas move'}:"
+        for move in proposal.moves:
+            yield f"  {move.launch.replica}  {_named(move.from_gpus)} -> {_named(move.to_gpus)}  {cost(move)}"
+        yield "  Not done by itself: `apply --allow-moves` does it, or `movable: true` in the entries that move."
+        yield ""
+
+
+def cost(move: Move) -> str:
+    """What a move costs, in words."""
+    took = "" if move.restart_s is None else f" (its last start took {move.restart_s:.0f}s)"
+    if move.start_first:
+        return f"no downtime: starts there first{took}"
+    return f"downtime: stops here, then starts there{took}"
 
 
 def _order(plan: Plan) -> Iterator[str]:
@@ -136,7 +171,10 @@ def _who(taken: Occupancy) -> str:
 
 
 def _notes(plan: Plan) -> Iterator[str]:
-    for text in (*plan.waiting, *plan.notes):
+    texts = [*plan.waiting, *plan.notes]
+    if plan.making_room and plan.unplaced:
+        texts.append("room for what is unplaced is looked for again when all of this is done")
+    for text in texts:
         yield f"note: {text}"
-    if plan.waiting or plan.notes:
+    if texts:
         yield ""

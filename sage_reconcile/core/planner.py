@@ -1,196 +1,238 @@
-"""Making a plan: sort what runs into kept, drifted and ending, place what is missing, put it all in order."""
+"""Making a plan: sort what runs, place what is missing, make room where that is allowed, put it all in order."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Mapping
 
-from sage_reconcile.core.drift import Change, changes
-from sage_reconcile.core.lifecycle import StopCause, failed, failures, next_try, stop_deadline
-from sage_reconcile.core.memory import Occupancy, launches_by_gpu, occupancy
+from sage_reconcile.core.gpu_maps import gpu_maps, not_back, once_back
+from sage_reconcile.core.lanes import Lanes
+from sage_reconcile.core.lifecycle import StopCause, failed, failures, next_try
+from sage_reconcile.core.making_room import MakingRoom, Room, as_move, in_order
 from sage_reconcile.core.observed import Launch, Life, Observed
 from sage_reconcile.core.placement import Placement, Refusal, Request, launch_gpus, place
-from sage_reconcile.core.plan import Action, GpuMap, Kept, Kind, Plan, Unplaced
+from sage_reconcile.core.plan import Action, Kept, Kind, Move, Plan, Proposal, Unplaced
 from sage_reconcile.core.ports import Ports
-from sage_reconcile.core.spec import Desired, Engine
+from sage_reconcile.core.spec import Desired
+from sage_reconcile.core.standing import Standing, end
 
 _KINDS: tuple[Kind, ...] = ("reap", "kill", "stop", "spawn")
+_RETURNING = (StopCause.CHANGED, StopCause.MOVED)
+"""Stops after which a replica comes back before any newcomer gets its memory."""
+_Results = dict[str, tuple[Placement, int] | Refusal]
 
 
-def make_plan(desired: Desired, observed: Observed, now: float, *, tried: frozenset[str] | None = None) -> Plan:
+def make_plan(
+    desired: Desired, observed: Observed, now: float, *, tried: frozenset[str] | None = None, allow_moves: bool = False
+) -> Plan:
     """The plan that leads from what is observed to what is desired. ``now`` is in seconds since the epoch.
 
     Without ``tried`` a replica that failed is started again after its back-off, as a daemon does. With it
     there is no back-off, since a person asked; but replicas in ``tried`` are not started a second time.
+    With ``allow_moves`` every running replica may be moved to let in one that has no place, not only those whose
+    entry says so.
     """
-    return _Planner(desired, observed, now, tried).plan()
+    return _Planner(desired, observed, now, tried, allow_moves=allow_moves).plan()
 
 
 class _Planner:
     """One plan in the making."""
 
-    def __init__(self, desired: Desired, observed: Observed, now: float, tried: frozenset[str] | None) -> None:
+    def __init__(
+        self, desired: Desired, observed: Observed, now: float, tried: frozenset[str] | None, *, allow_moves: bool
+    ) -> None:
         self.desired, self.observed, self.now, self.tried = desired, observed, now, tried
-        self.kept: dict[str, Launch] = {}
-        self.drifted: dict[str, tuple[Launch, tuple[Change, ...]]] = {}
-        self.ending: dict[str, Launch] = {}
-        self.history: dict[str, Launch] = {}
-        self.actions: list[Action] = []
-        self.waiting: list[str] = []
-        self.forget: list[str] = []
-        self.notes: list[str] = list(observed.problems)
-        self.launches = {launch.id: launch for launch in observed.launches}
+        self.allow_moves = allow_moves
+        self.standing = Standing(desired, observed, now)
+        self.expected = once_back(observed, self.standing)
+        self.moving: dict[str, Launch] = {}
+        self.displaced: dict[str, tuple[Launch, str]] = {}
+        self.room_for = ""
+        self.on_their_way = True
+        self.stranded: list[str] = []
+        self.refused: dict[str, str] = {}
 
     def plan(self) -> Plan:
-        engines = {engine.name: engine for engine in self.desired.engines}
-        gpus = {gpu.uuid for gpu in self.observed.gpus}
-        for launch in sorted(self.launches.values(), key=lambda x: (x.engine_name, x.index, x.created_at, x.id)):
-            self._sort(launch, engines.get(launch.engine_name), gpus)
-        requests, results, refused = self._place()
-        for launch, differences in self.drifted.values():
-            self.actions.append(_stop(launch, StopCause.CHANGED, differences))
-        self.actions.sort(key=lambda action: (_KINDS.index(action.kind), action.replica, action.launch))
-        spawns, unplaced = self._spawns(requests, results)
-        unplaced += [Unplaced(replica, reason, runs_on=True) for replica, reason in refused.items()]
+        standing = self.standing
+        requests, results, proposals = self._settle()
+        moves = in_order(self._moves(results), self.desired)
+        for launch, differences in standing.drifted.values():
+            cause = "changed: " + ", ".join(change.field for change in differences)
+            standing.actions.append(end("stop", launch, cause, StopCause.CHANGED, differences=differences))
+        for launch, cause in self.displaced.values():
+            standing.actions.append(end("stop", launch, cause, StopCause.DISPLACED))
+        for move in moves:
+            if not move.start_first:
+                standing.actions.append(self._stop_moved(move))
+        standing.actions.sort(key=lambda action: (_KINDS.index(action.kind), action.replica, action.launch))
+        actions, unplaced = self._actions(requests, results, [move for move in moves if move.start_first])
+        unplaced += [Unplaced(replica, reason, runs_on=True) for replica, reason in self.refused.items()]
+        if unplaced:
+            standing.notes += not_back(self.observed, standing)
         names = (replica for engine in self.desired.engines for replica in engine.replicas())
         order = {replica: position for position, replica in enumerate(names)}
-        kept = sorted(self.kept.items(), key=lambda item: order.get(item[0], 0))
+        kept = sorted(standing.kept.items(), key=lambda item: order.get(item[0], 0))
         return Plan(
-            actions=(*self.actions, *spawns),
+            actions=tuple(actions),
             kept=tuple(Kept(launch, launch_gpus(launch, self.observed.gpus)) for _, launch in kept),
             unplaced=tuple(sorted(unplaced, key=lambda item: order.get(item.replica, 0))),
-            waiting=tuple(sorted(self.waiting)),
-            gpus=tuple(self._maps(spawns)),
-            forget=tuple(sorted(self.forget)),
-            notes=tuple(sorted(self.notes)),
+            proposals=proposals,
+            waiting=tuple(sorted(standing.waiting)),
+            gpus=tuple(gpu_maps(self.desired, self.observed, self.expected, self._leaving, actions)),
+            forget=tuple(sorted(standing.forget)),
+            notes=tuple(sorted(standing.notes)),
         )
 
     @property
-    def leaving(self) -> frozenset[str]:
-        """Ids of launches that will have gone before anything is started in their place."""
-        return frozenset(self.ending) | {launch.id for launch, _ in self.drifted.values()}
+    def _leaving(self) -> frozenset[str]:
+        """Ids of launches that will have gone once all is done."""
+        gone = [*self.moving.values(), *(launch for launch, _ in self.displaced.values())]
+        return self.standing.leaving | {launch.id for launch in gone}
 
-    def _changes(self, engine: Engine, launch: Launch) -> tuple[Change, ...]:
-        return changes(self.desired, engine, launch, self.observed.gpus, self.observed.links)
-
-    def _sort(self, launch: Launch, engine: Engine | None, gpus: set[str]) -> None:
-        wanted = engine if engine is not None and launch.index < engine.spec.replicas else None
-        match launch.life:
-            case Life.UNPROVEN:
-                self.notes.append(
-                    f"{launch.replica}: something runs in its place that cannot be proven ours (pid {launch.pid}); "
-                    "it is left alone, and its memory and port count as taken"
-                )
-            case Life.EXITED:
-                self._sort_ended(launch, wanted)
-            case Life.LEFTOVER:
-                asked = f"its leader was stopped ({launch.stop_cause}); " if launch.stop_cause else "its leader ended; "
-                self._end("reap", launch, asked + "other processes of it still run")
-            case Life.INTENT:
-                self.waiting.append(f"{launch.replica}: its process is about to start")
-                if wanted is not None:
-                    self.kept.setdefault(launch.replica, launch)
-            case Life.ALIVE:
-                self._sort_alive(launch, engine, wanted)
-        if launch.holds and not gpus.issuperset(launch.gpus):
-            missing = ", ".join(uuid for uuid in launch.gpus if uuid not in gpus)
-            self.notes.append(f"{launch.replica}: runs on {missing}, which this machine does not show")
-
-    def _sort_ended(self, launch: Launch, wanted: Engine | None) -> None:
-        """Of a replica that is wanted the last ended launch stays known: its port, failures and log."""
-        if wanted is None:
-            self.forget.append(launch.id)
-            return
-        earlier = self.history.get(launch.replica)
-        if earlier is not None and earlier.life is Life.EXITED:
-            self.forget.append(earlier.id)
-        self.history[launch.replica] = launch
-
-    def _sort_alive(self, launch: Launch, engine: Engine | None, wanted: Engine | None) -> None:
-        if launch.stopping_since is not None:
-            self._sort_stopping(launch, engine)
-        elif wanted is None or launch.replica in self.kept or launch.replica in self.drifted:
-            self._end("stop", launch, _why_unwanted(self.desired, launch, engine), StopCause.REMOVED)
-        elif differences := self._changes(wanted, launch):
-            self.drifted[launch.replica] = (launch, differences)
-        elif not (launch.ready or launch.ready_at) and self.now >= launch.created_at + wanted.spec.startup_timeout:
-            cause = f"not ready after {wanted.spec.startup_timeout:g}s (`startup_timeout`)"
-            self._end("stop", launch, cause, StopCause.STARTUP_TIMEOUT)
-        else:
-            self.kept[launch.replica] = launch
-
-    def _sort_stopping(self, launch: Launch, engine: Engine | None) -> None:
-        timeout = engine.spec.stop_timeout if engine else _recorded_seconds(launch, "stop_timeout", 30.0)
-        deadline = stop_deadline(launch, timeout)
-        if self.now < deadline and launch.stopping_since is not None and self.now >= launch.stopping_since:
-            self.ending[launch.id] = self.history[launch.replica] = launch
-            self.waiting.append(f"{launch.replica}: stopping ({launch.stop_cause})")
-        else:
-            self._end("kill", launch, f"still there {deadline - (launch.stopping_since or 0):g}s after SIGTERM")
-
-    def _end(self, kind: Kind, launch: Launch, cause: str, why: StopCause | None = None) -> None:
-        self.ending[launch.id] = self.history[launch.replica] = launch
-        self.actions.append(_action(kind, launch, cause, why))
-
-    def _place(self) -> tuple[list[Request], dict[str, tuple[Placement, int] | Refusal], dict[str, str]]:
+    def _settle(self) -> tuple[list[Request], _Results, tuple[Proposal, ...]]:
         """A place and a port for all that is missing.
 
-        A replica whose new revision has no place keeps its old one, and so its memory; then the others
-        are placed anew, until nothing changes.
+        A replica whose new revision has no place keeps its old one, and so its memory; for one that has none
+        at all others are moved or displaced where that is allowed, for one after another, each when all is done
+        for the one before. After each such step all are placed anew, until nothing changes.
         """
-        refused: dict[str, str] = {}
         while True:
-            requests = [
-                Request(engine, index, position, returning=replica in self.drifted)
-                for position, engine in enumerate(self.desired.engines)
-                for index, replica in enumerate(engine.replicas())
-                if replica not in self.kept
-            ]
-            places = place(self.desired, self.observed, requests, self.leaving)
-            ports = Ports(self.desired, self.observed, self.leaving)
-            results = {
-                request.replica: self._with_port(request, places[request.replica], ports) for request in requests
-            }
-            stuck = [
-                (replica, result.reason)
-                for replica, result in results.items()
-                if isinstance(result, Refusal) and replica in self.drifted
-            ]
-            if not stuck:
-                return requests, results, refused
-            for replica, reason in stuck:
-                refused[replica] = reason
-                self.kept[replica] = self.drifted.pop(replica)[0]
+            requests = self._requests()
+            results = self._placed(requests)
+            if self._taken_back(results):
+                continue
+            if self.standing.under_way:
+                self.stranded = [x.replica for x in requests if x.destination and _refused(results[x.replica])]
+                return requests, results, ()
+            room = self._making_room(requests, results)
+            found = None if self.room_for else room.allowed()
+            if found is not None:
+                self._make(found)
+            elif self.on_their_way and any(x.destination and _refused(results[x.replica]) for x in requests):
+                self.on_their_way = False  # their places have been taken meanwhile: any other will do
+            else:
+                return requests, results, () if self.room_for else room.proposals()
 
-    def _with_port(
-        self, request: Request, result: Placement | Refusal, ports: Ports
-    ) -> tuple[Placement, int] | Refusal:
-        if isinstance(result, Refusal):
-            return result
-        drifted = self.drifted.get(request.replica)
-        before = drifted[0] if drifted else self.history.get(request.replica)
-        port = ports.lease(request.engine, request.index, before.port if before else None)
-        return port if isinstance(port, Refusal) else (result, port)
+    def _taken_back(self, results: _Results) -> bool:
+        """Whether some that should have been replaced or moved have nowhere to go, and so stay as they are."""
+        standing = self.standing
+        stuck = {name: result.reason for name, result in results.items() if isinstance(result, Refusal)}
+        drifted = [name for name in stuck if name in standing.drifted]
+        for name in drifted:
+            self.refused[name] = stuck[name]
+            standing.kept[name] = standing.drifted.pop(name)[0]
+        same = [move.launch.replica for move in self._moves(results) if move.from_gpus == move.to_gpus]
+        moving = [*(name for name in stuck if name in self.moving), *same]
+        for name in moving:
+            standing.kept[name] = self.moving.pop(name)
+        return bool(drifted or moving)
 
-    def _spawns(
-        self, requests: list[Request], results: dict[str, tuple[Placement, int] | Refusal]
+    def _make(self, room: Room) -> None:
+        kept = self.standing.kept
+        for replica in room.moves:
+            self.moving[replica] = kept.pop(replica)
+        for replica in room.displaced:
+            self.displaced[replica] = (kept.pop(replica), room.cause)
+        self.room_for = room.replica
+
+    def _making_room(self, requests: list[Request], results: _Results) -> MakingRoom:
+        return MakingRoom(
+            self.desired,
+            self.expected,
+            leaving=self._leaving,
+            placed=[x for x in requests if not _refused(results[x.replica])],
+            refused=[x for x in requests if _refused(results[x.replica])],
+            kept={name: launch for name, launch in self.standing.kept.items() if self._may_go(name, launch)},
+            allow_moves=self.allow_moves,
+        )
+
+    def _may_go(self, replica: str, launch: Launch) -> bool:
+        """Whether it may be asked to leave at all: it runs, and no try to move it has failed before."""
+        last = self.standing.history.get(replica)
+        failed_before = last is not None and last.predecessor == launch.id
+        tried = self.tried is not None and replica in self.tried
+        return launch.life is Life.ALIVE and not (failed_before or tried or replica in self.refused)
+
+    def _requests(self) -> list[Request]:
+        standing = self.standing
+        found = []
+        for position, engine in enumerate(self.desired.engines):
+            for index, replica in enumerate(engine.replicas()):
+                if replica not in standing.kept:
+                    last = standing.history.get(replica)
+                    returning = replica in standing.drifted or replica in self.moving
+                    returning |= last is not None and last.stop_cause in _RETURNING
+                    goes_to = last.destination if last is not None and replica not in self.moving else ()
+                    found.append(Request(engine, index, position, returning, goes_to if self.on_their_way else ()))
+        return found
+
+    def _placed(self, requests: list[Request]) -> _Results:
+        places = place(self.desired, self.expected, requests, self._leaving)
+        moves = in_order(self._moves(places), self.desired)
+        elsewhere = {move.launch.replica for move in moves if move.start_first}
+        ports = Ports(self.desired, self.observed, self._leaving)
+        results: _Results = {}
+        for request in requests:
+            found = places[request.replica]
+            if isinstance(found, Refusal):
+                results[request.replica] = found
+                continue
+            before = None if request.replica in elsewhere else self._last(request.replica)
+            port = ports.lease(request.engine, request.index, before.port if before else None)
+            results[request.replica] = port if isinstance(port, Refusal) else (found, port)
+        return results
+
+    def _last(self, replica: str) -> Launch | None:
+        """The launch in whose place a replica is started."""
+        if replica in self.standing.drifted:
+            return self.standing.drifted[replica][0]
+        if replica in self.displaced:
+            return self.displaced[replica][0]
+        return self.moving.get(replica) or self.standing.history.get(replica)
+
+    def _moves(self, results: Mapping[str, Placement | Refusal | tuple[Placement, int]]) -> list[Move]:
+        found = []
+        for replica, launch in self.moving.items():
+            result = results[replica]
+            placement = result[0] if isinstance(result, tuple) else result
+            if isinstance(placement, Placement):
+                found.append(as_move(launch, placement, self.observed))
+        return found
+
+    def _actions(
+        self, requests: list[Request], results: _Results, first: list[Move]
     ) -> tuple[list[Action], list[Unplaced]]:
-        spawns: list[Action] = []
-        unplaced: list[Unplaced] = []
-        waits = _Waits(self)
-        for request in sorted(requests, key=lambda r: (-r.engine.spec.priority, r.position, r.index)):
+        """All actions in order; what is started elsewhere first comes before what waits for it to leave."""
+        lanes = Lanes(self.standing, self.desired.host.concurrent_starts)
+        actions, unplaced = list(self.standing.actions), []
+        by_name = {request.replica: request for request in requests}
+        for move in first:
+            request = by_name.pop(move.launch.replica)
+            spawn = self._spawn(request, results, lanes, predecessor=move.launch.id)
+            stop = self._stop_moved(move, after=(spawn.id,))
+            lanes.ends(stop, move.launch)
+            actions += [spawn, stop]
+        for request in sorted(by_name.values(), key=lambda r: r.rank()[1:]):
             result = results[request.replica]
             if isinstance(result, Refusal):
                 unplaced.append(Unplaced(request.replica, result.reason))
             else:
-                spawns.append(self._spawn(request, result[0], result[1], waits))
-        return spawns, unplaced
+                actions.append(self._spawn(request, results, lanes))
+        self.standing.waiting += sorted(lanes.late)
+        return actions, unplaced
 
-    def _spawn(self, request: Request, placement: Placement, port: int, waits: _Waits) -> Action:
+    def _stop_moved(self, move: Move, after: tuple[str, ...] = ()) -> Action:
+        cause = f"makes room for {self.room_for}"
+        return end("stop", move.launch, cause, StopCause.MOVED, after=after, goes_to=move.to_gpus)
+
+    def _spawn(self, request: Request, results: _Results, lanes: Lanes, predecessor: str = "") -> Action:
         replica = request.replica
-        keys = (replica, port, *(gpu.uuid for gpu in placement.gpus))
+        result = results[replica]
+        assert isinstance(result, tuple), "what is spawned has a place and a port"
+        placement, port = result
         cause, not_before, restarts, failed_before = self._history(request)
-        waiting = waits.texts(keys)
+        waiting = lanes.waits(replica, port, placement.gpus, placement.memory_mib)
+        if self.stranded and not request.returning:
+            waiting = (*waiting, f"{', '.join(self.stranded)} to have a place again")
         if not_before is not None:
             waiting = (*waiting, f"its back-off ({failed_before} failed in a row)")
         held_back = not_before is not None or (self.tried is not None and replica in self.tried)
@@ -201,7 +243,7 @@ class _Planner:
             kind="spawn",
             replica=replica,
             cause=cause,
-            after=waits.ids(keys),
+            after=lanes.after(replica, port, placement.gpus),
             waits_for=", ".join(waiting),
             not_before=not_before,
             gpus=placement.gpus,
@@ -209,18 +251,25 @@ class _Planner:
             port=port,
             restarts=restarts,
             failures=failed_before,
+            predecessor=predecessor,
         )
         if not held_back:
-            waits.starts(action)
+            lanes.starts(action)
         return action
 
     def _history(self, request: Request) -> tuple[str, float | None, int, int]:
         """Cause, earliest time, restarts and failures of a start, from what became of the one before it."""
-        if request.replica in self.drifted:
+        replica, standing = request.replica, self.standing
+        if replica in standing.drifted:
             return "its entry changed", None, 0, 0
-        last = self.history.get(request.replica)
+        if replica in self.moving:
+            return f"makes room for {self.room_for}", None, self.moving[replica].restarts, 0
+        if replica in self.displaced:
+            launch, cause = self.displaced[replica]
+            return cause, None, launch.restarts, 0
+        last = standing.history.get(replica)
         cause = "wanted, and its last process is ending" if last and last.holds else "wanted, and not running"
-        if last is None or self._changes(request.engine, last):
+        if last is None or standing.changes(request.engine, last):
             return cause, None, 0, 0
         if not failed(last):
             return cause, None, last.restarts, 0
@@ -229,90 +278,6 @@ class _Planner:
         how = last.stop_cause or (last.exit.text() if last.exit else unasked)
         return f"it failed ({how})", when if when > self.now else None, last.restarts + 1, failures(last)
 
-    def _maps(self, spawns: list[Action]) -> Iterator[GpuMap]:
-        on = launches_by_gpu(self.observed)
-        headroom, leaving = self.desired.host.headroom, self.leaving
-        added: dict[str, list[tuple[str, int]]] = defaultdict(list)
-        for action in spawns:
-            for gpu in action.gpus:
-                added[gpu.uuid].append((action.replica, action.memory_mib))
-        for gpu in sorted(self.observed.gpus, key=lambda item: item.index):
-            before = occupancy(gpu, on[gpu.uuid], headroom)
-            after = occupancy(gpu, on[gpu.uuid], headroom, leaving=leaving)
-            ours = (*after.ours, *added[gpu.uuid])
-            yield GpuMap(gpu, before, Occupancy(after.total_mib, after.kept_back_mib, ours, after.unmanaged_mib))
 
-
-class _Waits:
-    """What a start has to wait for, found by the replica, the port and the GPUs it shares with others.
-
-    vLLM measures the free memory while it loads (a neighbour that allocates meanwhile is charged to it),
-    so starts on one GPU go one after another.
-    """
-
-    def __init__(self, planner: _Planner) -> None:
-        self._ids: dict[object, list[str]] = defaultdict(list)
-        self._texts: dict[object, list[str]] = defaultdict(list)
-        self._last: dict[str, str] = {}
-        acted_on = {action.launch for action in planner.actions}
-        for action in planner.actions:
-            for key in self._keys(planner.launches[action.launch]):
-                self._ids[key].append(action.id)
-        for launch in planner.ending.values():
-            if launch.id not in acted_on:
-                for key in self._keys(launch):
-                    self._texts[key].append(f"{launch.replica} to end")
-        for launch in planner.kept.values():
-            if not launch.ready and launch.ready_at is None:
-                for uuid in launch.gpus:
-                    self._texts[uuid].append(f"{launch.replica} to be ready")
-
-    @staticmethod
-    def _keys(launch: Launch) -> tuple[object, ...]:
-        return (launch.replica, launch.port, *launch.gpus)
-
-    def ids(self, keys: tuple[object, ...]) -> tuple[str, ...]:
-        found = dict.fromkeys(action for key in keys for action in self._ids[key])
-        found |= dict.fromkeys(self._last[str(key)] for key in keys if str(key) in self._last)
-        return tuple(found)
-
-    def texts(self, keys: tuple[object, ...]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(text for key in keys for text in self._texts[key]))
-
-    def starts(self, action: Action) -> None:
-        self._last |= {gpu.uuid: action.id for gpu in action.gpus}
-
-
-def _action(
-    kind: Kind, launch: Launch, cause: str, why: StopCause | None, differences: tuple[Change, ...] = ()
-) -> Action:
-    return Action(
-        id=f"{kind} {launch.replica} {launch.id}",
-        kind=kind,
-        replica=launch.replica,
-        cause=cause,
-        launch=launch.id,
-        stop_cause=why,
-        changes=differences,
-        memory_mib=launch.memory_mib,
-        port=launch.port,
-    )
-
-
-def _stop(launch: Launch, why: StopCause, differences: tuple[Change, ...]) -> Action:
-    return _action("stop", launch, "changed: " + ", ".join(change.field for change in differences), why, differences)
-
-
-def _why_unwanted(desired: Desired, launch: Launch, engine: Engine | None) -> str:
-    if engine is None:
-        return desired.unwanted
-    if launch.index >= engine.spec.replicas:
-        return f"`replicas` is {engine.spec.replicas}"
-    return "a second process of the same replica"
-
-
-def _recorded_seconds(launch: Launch, name: str, default: float) -> float:
-    try:
-        return float(str(launch.spec.get(name, default)).removesuffix("s"))
-    except ValueError:
-        return default
+def _refused(result: Placement | Refusal | tuple[Placement, int]) -> bool:
+    return isinstance(result, Refusal)

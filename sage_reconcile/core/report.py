@@ -9,7 +9,7 @@ from typing import Any
 from sage_reconcile.core.lifecycle import Phase, next_try, phase
 from sage_reconcile.core.memory import launches_by_gpu, occupancy
 from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
-from sage_reconcile.core.plan import Action, Plan
+from sage_reconcile.core.plan import Action, Move, Plan
 from sage_reconcile.core.plan_text import summary
 from sage_reconcile.core.spec import Desired, Engine
 
@@ -28,6 +28,10 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         ],
         "unplaced": [
             {"replica": item.replica, "reason": item.reason, "runs_on": item.runs_on} for item in plan.unplaced
+        ],
+        "proposals": [
+            {"replica": proposal.replica, "moves": [_move(move) for move in proposal.moves]}
+            for proposal in plan.proposals
         ],
         "waiting": list(plan.waiting),
         "gpus": [
@@ -48,6 +52,17 @@ def plan_document(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _move(move: Move) -> dict[str, Any]:
+    return {
+        "replica": move.launch.replica,
+        "from": [_gpu_ref(gpu) for gpu in move.from_gpus],
+        "to": [_gpu_ref(gpu) for gpu in move.to_gpus],
+        "memory_mib": move.memory_mib,
+        "start_first": move.start_first,
+        "restart_s": move.restart_s,
+    }
+
+
 def _action(action: Action) -> dict[str, Any]:
     return {
         "id": action.id,
@@ -57,6 +72,7 @@ def _action(action: Action) -> dict[str, Any]:
         "after": list(action.after),
         "waits_for": action.waits_for,
         "not_before": action.not_before,
+        "start_first": bool(action.predecessor),
         "changes": [{"field": change.field, "old": change.old, "new": change.new} for change in action.changes],
         **_place(action.gpus, action.memory_mib, action.port),
     }
@@ -103,8 +119,8 @@ def _engine(
         launch = _current(launches.get(name, ()))
         row = _replica(name, launch, observed, now, wanted=name in wanted)
         if row is not None:
-            row["unplaced"] = name in refused
-            if row["phase"] == Phase.PENDING or row["unplaced"]:
+            row["unplaced"] = name in refused and not plan.making_room
+            if row["phase"] == Phase.PENDING or name in refused:
                 row["reason"] = "; ".join(part for part in (row["reason"], reasons.get(name)) if part)
             replicas.append(row)
     return {
@@ -141,9 +157,16 @@ def _names(engine_name: str, launches: dict[str, list[Launch]]) -> list[str]:
 
 
 def _current(launches: Sequence[Launch]) -> Launch | None:
-    """Of several launches of a replica the one that tells most: one that runs, else one that ends, else the last."""
+    """Of several launches of a replica the one that tells most: one that runs, else one that ends, else the last.
+
+    Where one takes over from another, that is the one before until the new one is ready.
+    """
     order = {Life.ALIVE: 3, Life.INTENT: 2, Life.LEFTOVER: 1, Life.UNPROVEN: 1, Life.EXITED: 0}
-    return max(launches, key=lambda x: (order[x.life], x.stopping_since is None, x.created_at), default=None)
+    last = max(launches, key=lambda x: (order[x.life], x.stopping_since is None, x.created_at), default=None)
+    if last is None or last.ready_at is not None:
+        return last
+    serving = (x for x in launches if x.id == last.predecessor and x.life is Life.ALIVE and x.stopping_since is None)
+    return next(serving, last)
 
 
 def _replica(

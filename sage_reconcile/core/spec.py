@@ -74,6 +74,7 @@ class HostSpec(_Strict):
     )
     ports: PortRange = Field(default="8000-8999", description="Where `port: auto` takes its ports from.")
     bind: Text = Field(default="127.0.0.1", description="The address engines listen on.")
+    concurrent_starts: WholeNumber = Field(default=8, ge=1, le=10000, description="How many start at one time.")
 
 
 class EngineSpec(_Strict):
@@ -122,6 +123,10 @@ class EngineSpec(_Strict):
     )
     env_file: Text | None = Field(default=None, description="A file of NAME=value lines, relative to engines.yaml.")
     priority: WholeNumber = Field(default=0, ge=-1000000, le=1000000, description="Higher is placed first.")
+    preemption: Literal["lower", "never"] = Field(
+        default="never", description="lower: running replicas of lower priority give way where it has no place."
+    )
+    movable: Switch = Field(default=False, description="true: it may be moved to other GPUs to make room.")
     startup_timeout: Seconds = Field(default=1800.0, gt=0, description="How long it may take to become ready.")
     stop_timeout: Seconds = Field(default=30.0, ge=0, description="How long it may take to end after SIGTERM.")
 
@@ -189,6 +194,8 @@ EFFECTS: Mapping[str, Effect] = {
     "env": Effect.RESTART,
     "env_file": Effect.NOTHING,  # its contents count, through their marks, not its name
     "priority": Effect.NOTHING,
+    "preemption": Effect.NOTHING,
+    "movable": Effect.NOTHING,
     "startup_timeout": Effect.NOTHING,
     "stop_timeout": Effect.NOTHING,
 }

@@ -164,6 +164,8 @@ class LocalHost:
             restarts=record.restarts,
             failures=record.failures,
             log_path=record.log_path,
+            predecessor=record.predecessor,
+            destination=tuple(record.destination),
             stage=startup_log.stage(logs.tail(Path(record.log_path), 40)) if starting else "",
         )
 
@@ -245,6 +247,7 @@ class LocalHost:
             restarts=action.restarts,
             failures=action.failures,
             log_path=str(log),
+            predecessor=action.predecessor,
         )
         argv = command_line(
             engine.spec,
@@ -305,6 +308,7 @@ class LocalHost:
         if record is None or found is None or found.leader is None:
             return
         record.members = [[s.pid, s.start_ticks, 0] for s in processes.session_members(found.session)]
+        record.destination = [gpu.uuid for gpu in action.goes_to]
         self.records.save(record)
         processes.send(found.leader, signal.SIGTERM)
         record.stopping_since, record.stop_cause = self.now(), str(action.stop_cause)

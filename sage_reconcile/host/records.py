@@ -53,14 +53,16 @@ class Record:
     restarts: int = 0
     failures: int = 0
     log_path: str = ""
+    predecessor: str = ""
+    destination: list[str] = field(default_factory=list)
 
 
 _REQUIRED = {"id", "engine_name", "index", "spec", "gpus", "memory_mib", "port"}
 _KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("id", "engine_name", "bind", "boot_id", "stop_cause", "log_path"), (str,)),
+    **dict.fromkeys(("id", "engine_name", "bind", "boot_id", "stop_cause", "log_path", "predecessor"), (str,)),
     **dict.fromkeys(("index", "memory_mib", "port", "version", "restarts", "failures"), (int,)),
     **dict.fromkeys(("spec", "secret_marks"), (dict,)),
-    **dict.fromkeys(("gpus", "leader", "members"), (list,)),
+    **dict.fromkeys(("gpus", "leader", "members", "destination"), (list,)),
     **dict.fromkeys(("ready_at", "stopping_since", "ended_at"), (int, float, type(None))),
     "created_at": (int, float),
     "ended": (bool,),

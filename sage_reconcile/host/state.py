@@ -3,6 +3,7 @@
 ::
 
     lock              held by the one who reconciles; says who that is
+    allow-moves.json  word for the daemon that a person allowed moves, until it has read it
     generation.json   how often the file has changed, and its digest
     last-good.yaml    the last content of the file that was valid
     status.json       what the one who reconciles last reported
@@ -14,6 +15,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -194,6 +196,21 @@ class StateFolder:
             StateError: it cannot be written.
         """
         write_atomically(self.path / name, json.dumps(data))
+
+    def allow_moves(self, digest: str) -> None:
+        """Leaves word for the daemon that a person allowed moves, for this content of the file.
+
+        Raises:
+            StateError: the state folder cannot be written.
+        """
+        self.write_json("allow-moves.json", {"digest": digest})
+
+    def moves_allowed(self) -> str:
+        """For which content of the file moves were allowed; empty where for none. The word is taken away."""
+        digest = str(self.read_json("allow-moves.json").get("digest", ""))
+        with contextlib.suppress(OSError):
+            (self.path / "allow-moves.json").unlink()
+        return digest
 
     def generation(self, digest: str) -> tuple[int, bool]:
         """The number of this content of the file, and whether it is the one that was last acted on."""

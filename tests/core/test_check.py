@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sage_reconcile.core.check import check_plan
-from sage_reconcile.core.observed import Life, Link, Observed
+from sage_reconcile.core.observed import GpuProcess, Life, Link, Observed
 from sage_reconcile.core.plan import Action, Plan, Unplaced
 from sage_reconcile.core.planner import make_plan
 from sage_reconcile.core.spec import Desired
@@ -182,7 +182,7 @@ def test_more_memory_than_a_gpu_has(plan: Plan, wanted: Desired, machine: Observ
     )
     assert check_plan(wanted, machine, having(plan, "spawn pinned/0", memory_mib=pinned.memory_mib + room)) == []
     assert check_plan(wanted, machine, having(plan, "spawn pinned/0", memory_mib=pinned.memory_mib + room + 1)) == [
-        "GPU 2 would hold 81921 MiB of 81920 MiB"
+        "GPU 2 would hold 81921 MiB of 81920 MiB after spawn pinned/0"
     ]
 
 
@@ -192,14 +192,44 @@ def test_headroom_and_strangers_count(plan: Plan, wanted: Desired, machine: Obse
     before = replace(wanted, host=wanted.host.model_copy(update={"headroom": room}))
     assert not [text for text in check_plan(before, machine, plan) if text.startswith("GPU 0 ")]
     above = replace(wanted, host=wanted.host.model_copy(update={"headroom": room + 1}))
-    assert "GPU 0 would hold 81921 MiB of 81920 MiB" in check_plan(above, machine, plan)
+    assert "GPU 0 would hold 81921 MiB of 81920 MiB after spawn pair/0" in check_plan(above, machine, plan)
 
 
 def test_what_does_not_end_keeps_its_memory(plan: Plan, wanted: Desired, machine: Observed) -> None:
-    moved = having(plan, "spawn fresh/0", gpus=(machine.gpus[1],), memory_mib=70 * 1024)
+    first = having(plan, "spawn fresh/0", gpus=(machine.gpus[1],), memory_mib=70 * 1024)
+    moved = having(first, "spawn fresh/0", after=("stop gone/0 gone",), waits_for="slow/0 to end")
     assert not [text for text in check_plan(wanted, machine, moved) if "would hold" in text]
     spared = replace(moved, actions=tuple(item for item in moved.actions if item.id != "stop gone/0 gone"))
     assert any("GPU 1 would hold" in text for text in check_plan(wanted, machine, spared))
+    too_soon = having(moved, "spawn fresh/0", after=())
+    assert any("GPU 1 would hold" in text for text in check_plan(wanted, machine, too_soon))
+
+
+LATE = """
+gpus: [{gpu: H100 80GiB, used: 20GiB}]
+launches:
+  - {run: keep/0, gpu: 0, port: 8000, id: old, state: exited, exit: 0, ended: 1s}
+"""
+
+
+def test_memory_that_is_not_back_counts_unless_the_start_waits_for_it() -> None:
+    """As much as NVML names nobody for, and no more than the ended launch had been promised: 20 GiB."""
+    wanted = desired("version: 1\nengines:\n  keep: {model: k, memory: 20GiB, args: {seed: 1}}\n")
+    machine = world(yaml.safe_load(LATE), desired(RAN), NOW)
+    plan = make_plan(wanted, machine, NOW)
+    assert check_plan(wanted, machine, plan) == []
+    waiting = having(plan, "spawn keep/0", memory_mib=80 * 1024, waits_for="GPU 0 to give back memory")
+    assert check_plan(wanted, machine, waiting) == []
+    for values in ({"memory_mib": 80 * 1024 + 1}, {"waits_for": ""}):
+        assert ["would hold" in text for text in check_plan(wanted, machine, having(waiting, "spawn keep/0", **values))]
+    for gpu in (
+        replace(machine.gpus[0], memory_used_mib=20 * 1024 + 1),
+        replace(machine.gpus[0], processes=(GpuProcess(9, 1),)),
+        replace(machine.gpus[0], processes=(GpuProcess(9, None),)),
+    ):
+        told = check_plan(wanted, replace(machine, gpus=(gpu,)), waiting)
+        assert len(told) == 1
+        assert "GPU 0 would hold" in told[0]
 
 
 def test_a_start_on_a_gpu_that_takes_nothing_new(plan: Plan, wanted: Desired, machine: Observed) -> None:
@@ -289,7 +319,7 @@ def test_what_stays_counts_with_the_larger_of_promised_and_held(
     more = replace(kept, pid=99, memory_mib=room + 1 if told else None)
     used = first.memory_used_mib + (room + 1 if told else 0)
     gpu = replace(first, processes=(*first.processes, more), memory_used_mib=used)
-    expected = ["GPU 0 would hold 81921 MiB of 81920 MiB"] if told else []
+    expected = ["GPU 0 would hold 81921 MiB of 81920 MiB after spawn pair/0"] if told else []
     assert check_plan(wanted, replace(machine, gpus=(gpu, *machine.gpus[1:])), plan) == expected
 
 
@@ -365,3 +395,41 @@ def test_ranks_that_are_not_linked_as_asked(plan: Plan, wanted: Desired, machine
         asked = crossed(wanted, f"pair: {{model: p, memory: 10GiB, tensor_parallel_size: 2, link: {link}}}")
         told = [] if good else [f"spawn pair/0 is split over GPUs that are not linked by {link}"]
         assert check_plan(asked, replace(machine, links=links), plan) == told
+
+
+MOVE = """
+version: 1
+engines:
+  one: {model: a, memory: 30GiB}
+  two: {model: b, memory: 30GiB}
+  large: {model: c, memory: 60GiB}
+"""
+MOVE_WORLD = """
+gpus: [H100 80GiB, H100 80GiB]
+launches:
+  - {run: one/0, gpu: 0, port: 8000, id: old}
+  - {run: two/0, gpu: 1, port: 8001, id: two}
+"""
+
+
+def test_taking_over_is_judged_at_every_step() -> None:
+    wanted = desired(MOVE)
+    machine = world(yaml.safe_load(MOVE_WORLD), wanted, NOW)
+    plan = make_plan(wanted, machine, NOW, allow_moves=True)
+    assert check_plan(wanted, machine, plan) == []
+    assert [item.id for item in plan.actions] == ["spawn one/0", "stop one/0 old", "spawn large/0"]
+
+    def told(**values: Any) -> str:
+        return "; ".join(check_plan(wanted, machine, having(plan, "spawn one/0", **values)))
+
+    assert "takes over from old, which is another replica or has the same port" in told(port=8000)
+    assert "takes over from old on a GPU of its own" in told(gpus=(machine.gpus[0],))
+    assert "does not come after stop one/0 old" in told(predecessor="")
+    assert "takes over from nobody, which does not end" in told(predecessor="nobody")
+    assert "GPU 1 would hold" in told(memory_mib=60 * 1024)
+    early = "; ".join(check_plan(wanted, machine, having(plan, "stop one/0 old", after=())))
+    assert "old does not serve until spawn one/0 is ready" in early
+    beside = having(plan, "spawn large/0", after=())
+    assert any("GPU 0 would hold" in text for text in check_plan(wanted, machine, beside))
+    stranger = having(plan, "spawn one/0", predecessor="two")
+    assert any("which does not end" in text for text in check_plan(wanted, machine, stranger))

@@ -37,6 +37,8 @@ CHANGED: dict[str, tuple[str, str]] = {
     "env": ("model: m", "model: m, env: {A: b}"),
     "env_file": ("model: m, env_file: a.env", "model: m, env_file: b.env"),
     "priority": ("model: m", "model: m, priority: 1"),
+    "preemption": ("model: m", "model: m, preemption: lower"),
+    "movable": ("model: m", "model: m, movable: true"),
     "startup_timeout": ("model: m", "model: m, startup_timeout: 1s"),
     "stop_timeout": ("model: m", "model: m, stop_timeout: 1s"),
 }

@@ -37,12 +37,24 @@ class Case:
     observed: Observed
     now: float
     tried: frozenset[str] | None
+    allow_moves: bool
     plan: str
 
 
 def load(path: Path) -> Case:
     data = yaml.safe_load(path.read_text())
-    unknown = data.keys() - {"about", "file", "ran", "environ", "ran_environ", "observed", "now", "tried", "plan"}
+    unknown = data.keys() - {
+        "about",
+        "file",
+        "ran",
+        "environ",
+        "ran_environ",
+        "observed",
+        "now",
+        "tried",
+        "moves",
+        "plan",
+    }
     assert not unknown, f"{path.name}: unknown keys {sorted(unknown)}"
     environ = data.get("environ", {})
     now = float(data.get("now", NOW))
@@ -50,7 +62,7 @@ def load(path: Path) -> Case:
     ran = desired(data.get("ran", data["file"]), data.get("ran_environ", environ))
     observed = world(data.get("observed", {}), ran, now)
     tried = frozenset(data["tried"]) if "tried" in data else None
-    return Case(path, data["about"], wanted, observed, now, tried, data.get("plan", ""))
+    return Case(path, data["about"], wanted, observed, now, tried, data.get("moves", False), data.get("plan", ""))
 
 
 def world(data: Mapping[str, Any], ran: Desired, now: float) -> Observed:
@@ -125,7 +137,7 @@ def _stranger(text: str) -> GpuProcess:
 
 _LAUNCH_KEYS = {
     *("run", "gpu", "port", "state", "age", "ready", "stopping", "why", "exit", "ended", "failures", "restarts"),
-    *("memory", "holds", "id", "pid", "bind", "without", "with"),
+    *("memory", "holds", "id", "pid", "bind", "without", "with", "predecessor"),
 }
 _LIFE = {"ready": Life.ALIVE, "loading": Life.ALIVE, "degraded": Life.ALIVE, "stopping": Life.ALIVE}
 
@@ -175,6 +187,7 @@ def _launch(
         exit=Exit(item.get("exit"), now - read_seconds(item["ended"]) if "ended" in item else None) if exited else None,
         restarts=item.get("restarts", 0),
         failures=item.get("failures", 0),
+        predecessor=item.get("predecessor", ""),
     )
 
 

@@ -1,0 +1,91 @@
+"""What each start has to wait for: for what ends in its place, for its GPU's lane, for memory to come back."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from sage_reconcile.core.memory import launches_by_gpu, occupancy
+from sage_reconcile.core.observed import Gpu, Launch
+from sage_reconcile.core.plan import Action
+from sage_reconcile.core.reasons import gib
+from sage_reconcile.core.standing import Standing
+
+
+class Lanes:
+    """The starts of one plan in the order in which they are asked for, and what they share with others.
+
+    vLLM measures the free memory while it loads (a neighbour that allocates meanwhile is charged to it), so starts
+    on one GPU go one after another: the next begins when the one before is ready or has failed. ``late`` tells of
+    memory that starts wait for.
+    """
+
+    def __init__(self, standing: Standing, concurrent_starts: int) -> None:
+        self._limit = concurrent_starts
+        self._ids: dict[object, list[str]] = defaultdict(list)
+        self._texts: dict[object, list[str]] = defaultdict(list)
+        self._last: dict[str, str] = {}
+        acted_on = {action.launch for action in standing.actions}
+        for action in standing.actions:
+            self.ends(action, standing.launches[action.launch])
+        for launch in standing.ending.values():
+            if launch.id not in acted_on:
+                for key in _keys(launch):
+                    self._texts[key].append(f"{launch.replica} to end")
+        loading = [x for x in standing.kept.values() if not x.ready and x.ready_at is None]
+        for launch in loading:
+            for uuid in launch.gpus:
+                self._texts[uuid].append(f"{launch.replica} to be ready")
+        self._starting = len(loading)
+        self._lingering = standing.lingering
+        self.late: set[str] = set()
+        self._room = self._rooms(standing)
+
+    @staticmethod
+    def _rooms(standing: Standing) -> dict[str, int]:
+        """MiB that can be started on GPUs whose memory is not all back yet."""
+        on = launches_by_gpu(standing.observed) if standing.lingering else {}
+        headroom = standing.desired.host.headroom
+        return {
+            gpu.uuid: occupancy(gpu, on[gpu.uuid], headroom, leaving=standing.leaving).free_mib
+            for gpu in standing.observed.gpus
+            if gpu.uuid in standing.lingering
+        }
+
+    def ends(self, action: Action, launch: Launch) -> None:
+        """From now on, what shares the replica, the port or a GPU with this launch comes after the action."""
+        for key in _keys(launch):
+            self._ids[key].append(action.id)
+
+    def after(self, replica: str, port: int, gpus: Sequence[Gpu]) -> tuple[str, ...]:
+        """The ids of the actions that a start must come after."""
+        keys = (replica, port, *(gpu.uuid for gpu in gpus))
+        found = dict.fromkeys(action for key in keys for action in self._ids[key])
+        found |= dict.fromkeys(self._last[str(key)] for key in keys if str(key) in self._last)
+        return tuple(found)
+
+    def waits(self, replica: str, port: int, gpus: Sequence[Gpu], memory_mib: int) -> tuple[str, ...]:
+        """What else a start waits for, in words."""
+        keys = (replica, port, *(gpu.uuid for gpu in gpus))
+        found = [text for key in keys for text in self._texts[key]]
+        for gpu in gpus:
+            late = self._lingering.get(gpu.uuid)
+            if late is not None and self._room[gpu.uuid] < memory_mib:
+                held = f"{gib(late.mib)} that {', '.join(late.replicas)} held"
+                found.append(f"GPU {gpu.index} to give back {held}")
+                self.late.add(f"GPU {gpu.index}: {held} are not back yet")
+        if not found and self._starting >= self._limit:
+            found.append(f"one of {self._starting} starts under way (`host.concurrent_starts: {self._limit}`)")
+        return tuple(dict.fromkeys(found))
+
+    def starts(self, action: Action) -> None:
+        """Enters a start: the next one on any of its GPUs comes after it."""
+        self._last |= {gpu.uuid: action.id for gpu in action.gpus}
+        self._starting += action.now
+        for gpu in action.gpus:
+            if gpu.uuid in self._room:
+                self._room[gpu.uuid] -= action.memory_mib
+
+
+def _keys(launch: Launch) -> tuple[object, ...]:
+    return (launch.replica, launch.port, *launch.gpus)
