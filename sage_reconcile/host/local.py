@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
 import pwd
 import secrets
@@ -18,8 +16,7 @@ from pathlib import Path
 
 from sage_reconcile.core import startup_log
 from sage_reconcile.core.command import command_line, environment
-from sage_reconcile.core.memory import parameters_from_config
-from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, ModelFacts, Observed
+from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Observed
 from sage_reconcile.core.plan import Action
 from sage_reconcile.core.resolve import secret_marks
 from sage_reconcile.core.spec import Desired, EngineSpec
@@ -27,6 +24,7 @@ from sage_reconcile.errors import SpawnError, StateError
 from sage_reconcile.host import logs, observe, ports, processes
 from sage_reconcile.host.gpus import NvmlInventory, simulated_inventory
 from sage_reconcile.host.links import LinkReader
+from sage_reconcile.host.models import ModelReader
 from sage_reconcile.host.observe import Found
 from sage_reconcile.host.probes import Prober, Target, ask_once, loopback
 from sage_reconcile.host.processes import ProcessId
@@ -56,7 +54,7 @@ class LocalHost:
         self._children: list[subprocess.Popen[bytes]] = []
         self._found: dict[str, Found] = {}
         self._logs: list[Path] = []
-        self._facts: dict[str, tuple[int, ModelFacts]] = {}
+        self._models = ModelReader(folder)
 
     @property
     def writes(self) -> bool:
@@ -93,7 +91,7 @@ class LocalHost:
             gpus=tuple(self._owned(gpu, records) for gpu in gpus),
             launches=tuple(launches),
             ports=ports.in_use(desired, {record.port for record in records if not record.ended}),
-            models=self._model_facts(desired),
+            models=self._models.read(desired),
             gpu_note=note,
             links=self._links.read(*self._nvml.cards()),
             problems=tuple(problems),
@@ -185,22 +183,6 @@ class LocalHost:
             shutil.rmtree(self.state.temporary(record.id), ignore_errors=True)
         if before != (record.leader, record.ready_at, record.ended, record.members):
             self.records.save(record)
-
-    def _model_facts(self, desired: Desired) -> dict[str, ModelFacts]:
-        facts: dict[str, ModelFacts] = {}
-        for engine in desired.engines:
-            model = engine.spec.model
-            if model is None or engine.spec.memory.kind != "auto" or model in facts:
-                continue
-            config = self.folder / model / "config.json"
-            with contextlib.suppress(OSError, ValueError):
-                changed = config.stat().st_mtime_ns
-                if self._facts.get(model, (0, None))[0] != changed:
-                    data = json.loads(config.read_text(encoding="utf-8"))
-                    parameters = parameters_from_config(data) if isinstance(data, dict) else None
-                    self._facts[model] = (changed, ModelFacts(parameters, str(config)))
-                facts[model] = self._facts[model][1]
-        return facts
 
     def watched(self) -> dict[tuple[str, int], ProcessId]:
         """The leaders whose end should wake the daemon, by launch and pid."""
