@@ -16,13 +16,14 @@ from pathlib import Path
 
 from sage_reconcile.core import startup_log
 from sage_reconcile.core.command import command_line, environment
-from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Observed
+from sage_reconcile.core.declared import declared_gpus, declared_links
+from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Links, Observed
 from sage_reconcile.core.plan import Action
 from sage_reconcile.core.resolve import secret_marks
 from sage_reconcile.core.spec import Desired, EngineSpec
 from sage_reconcile.errors import SpawnError, StateError
 from sage_reconcile.host import logs, observe, ports, processes
-from sage_reconcile.host.gpus import NvmlInventory, simulated_inventory
+from sage_reconcile.host.gpus import NvmlInventory
 from sage_reconcile.host.links import LinkReader
 from sage_reconcile.host.models import ModelReader
 from sage_reconcile.host.observe import Found
@@ -73,7 +74,7 @@ class LocalHost:
         """
         # we are the parent of the shells we started: those that have ended must be reaped
         self._children = [child for child in self._children if child.poll() is None]
-        gpus, note = self._gpus(desired)
+        gpus, links, note = self._gpus(desired)
         holding = frozenset(process.pid for gpu in gpus for process in gpu.processes)
         records, problems = self.records.load()
         now = self.now()
@@ -93,18 +94,19 @@ class LocalHost:
             ports=ports.in_use(desired, {record.port for record in records if not record.ended}),
             models=self._models.read(desired),
             gpu_note=note,
-            links=self._links.read(*self._nvml.cards()),
+            links=links,
             problems=tuple(problems),
         )
 
-    def _gpus(self, desired: Desired) -> tuple[tuple[Gpu, ...], str]:
-        declared = desired.host.gpus
-        if declared == "none":
-            return (), "`host.gpus: none`"
-        if declared == "auto":
-            return self._nvml.read()
+    def _gpus(self, desired: Desired) -> tuple[tuple[Gpu, ...], Links, str]:
+        if desired.host.gpus == "none":
+            return (), {}, "`host.gpus: none`"
+        if desired.host.gpus == "auto":
+            gpus, note = self._nvml.read()
+            return gpus, self._links.read(*self._nvml.cards()), note
         usage = simulated_gpus.usage(self.state.simulated_gpus)
-        return simulated_inventory([(gpu.name, gpu.memory, gpu.count) for gpu in declared], usage), ""
+        gpus = declared_gpus(desired.host.declared, usage, simulated=True)
+        return gpus, declared_links(desired.host.declared, gpus), ""
 
     def _owned(self, gpu: Gpu, records: Iterable[Record]) -> Gpu:
         """The GPU with each process given to the launch in whose session it is, and strangers named."""
@@ -267,16 +269,15 @@ class LocalHost:
         if spec.runtime == "simulator":
             path = environ.get("PYTHONPATH")
             environ["PYTHONPATH"] = os.pathsep.join([_PACKAGE_PARENT, path] if path else [_PACKAGE_PARENT])
-            if isinstance(desired.host.gpus, tuple) and action.gpus:
+            if desired.host.declared and action.gpus:
                 self._write_simulated_gpus(desired)
                 environ["SAGE_RECONCILE_SIMULATED_GPUS"] = str(self.state.simulated_gpus)
         return environ
 
     def _write_simulated_gpus(self, desired: Desired) -> None:
-        declared = [(gpu.name, gpu.memory, gpu.count) for gpu in desired.host.gpus if not isinstance(gpu, str)]
         inventory = [
             {"uuid": gpu.uuid, "name": gpu.name, "memory_total_mib": gpu.memory_total_mib}
-            for gpu in simulated_inventory(declared, {})
+            for gpu in declared_gpus(desired.host.declared, simulated=True)
         ]
         simulated_gpus.write_inventory(self.state.simulated_gpus, inventory)
 
