@@ -22,7 +22,8 @@ class Action:
 
     ``after`` are the ids of actions that must have come to their end first (for a spawn: the replica is
     ready or has failed); ``waits_for`` says what else it waits for, and is empty where it can be done now.
-    ``launch`` is the id of the launch it acts on; a spawn has none yet.
+    ``launch`` is the id of the launch it acts on; a spawn has none yet. ``blocked`` says why it is never done on
+    this machine: it has its place, and nothing waits for it.
     """
 
     id: str
@@ -40,11 +41,12 @@ class Action:
     changes: tuple[Change, ...] = ()
     restarts: int = 0
     failures: int = 0
+    blocked: str = ""
 
     @property
     def now(self) -> bool:
         """Whether nothing stands before it."""
-        return not self.after and not self.waits_for
+        return not (self.after or self.waits_for or self.blocked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,4 +99,4 @@ class Plan:
     def replaced(self) -> frozenset[str]:
         """The replicas that are stopped and started again."""
         stopped = {action.replica for action in self.actions if action.kind != "spawn"}
-        return frozenset(stopped & {action.replica for action in self.actions if action.kind == "spawn"})
+        return frozenset(stopped & {a.replica for a in self.actions if a.kind == "spawn" and not a.blocked})

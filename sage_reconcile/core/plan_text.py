@@ -19,11 +19,12 @@ def plan_text(plan: Plan, now: float) -> str:
 
 
 def counts(plan: Plan) -> str:
-    """One line: how many replicas start, are replaced, stop, stay and have no place."""
+    """One line: how many replicas start, are replaced, stop, stay, have no place, and have one but never start."""
     told = summary(plan)
+    blocked = f", {told['blocked']} that cannot start here" if told["blocked"] else ""
     return (
         f"{told['start']} to start, {told['replace']} to replace, {told['stop']} to stop, "
-        f"{told['unchanged']} unchanged, {told['unplaced']} unplaced."
+        f"{told['unchanged']} unchanged, {told['unplaced']} unplaced{blocked}."
     )
 
 
@@ -31,11 +32,12 @@ def summary(plan: Plan) -> dict[str, int]:
     """The counts of a plan by name."""
     replaced = plan.replaced()
     return {
-        "start": sum(action.kind == "spawn" and action.replica not in replaced for action in plan.actions),
+        "start": sum(a.kind == "spawn" and a.replica not in replaced and not a.blocked for a in plan.actions),
         "replace": len(replaced),
         "stop": len({a.replica for a in plan.actions if a.kind != "spawn" and a.replica not in replaced}),
         "unchanged": len(plan.kept),
         "unplaced": len(plan.unplaced),
+        "blocked": sum(bool(action.blocked) for action in plan.actions),
     }
 
 
@@ -46,16 +48,10 @@ def _engines(plan: Plan, now: float) -> Iterator[str]:
     for action in plan.actions:
         if action.kind == "spawn":
             sign, verb = ("~", "replace") if action.replica in replaced else ("+", "start")
-            before = ends.get(action.replica)
-            changed = before.changes if before else ()
-            reasons = [] if changed else [before.cause if before else action.cause]
-            detail = [
-                f"{change.field}: {change.old or '(not set)'} -> {change.new or '(not set)'}" for change in changed
-            ]
-            if action.not_before is not None:
-                detail.append(f"starts in {max(0.0, action.not_before - now):.0f}s")
+            verb = "placed" if action.blocked else verb
+            before = ends[action.replica] if action.replica in replaced else None
             where = f"{_place(action.gpus, action.memory_mib)}  port {action.port}"
-            rows.append((f"{sign} {action.replica}\0{verb}\0{where}", [*reasons, *detail]))
+            rows.append((f"{sign} {action.replica}\0{verb}\0{where}", _details(action, before, now)))
         elif action.replica not in replaced:
             rows.append((f"- {action.replica}\0{action.kind}\0{action.cause}", []))
     for kept in plan.kept:
@@ -74,6 +70,18 @@ def _engines(plan: Plan, now: float) -> Iterator[str]:
             yield f"{'':<{width}}    {line}"
     if rows:
         yield ""
+
+
+def _details(spawn: Action, before: Action | None, now: float) -> list[str]:
+    """Why it starts, given what ends before it, and when; or why it never does."""
+    changed = before.changes if before else ()
+    reasons = [] if changed else [before.cause if before else spawn.cause]
+    reasons += [f"{change.field}: {change.old or '(not set)'} -> {change.new or '(not set)'}" for change in changed]
+    if spawn.blocked:
+        reasons.append(f"cannot start here: {spawn.blocked}")
+    elif spawn.not_before is not None:
+        reasons.append(f"starts in {max(0.0, spawn.not_before - now):.0f}s")
+    return reasons
 
 
 def _place(gpus: tuple[Gpu, ...], memory_mib: int) -> str:
@@ -96,7 +104,9 @@ def _order(plan: Plan) -> Iterator[str]:
 
 def _after(action: Action, numbers: dict[str, int]) -> str:
     waits = [f"after {', '.join(map(str, sorted(numbers[step] for step in action.after)))}"] if action.after else []
-    if action.waits_for:
+    if action.blocked:
+        waits.append("cannot start here")
+    elif action.waits_for:
         waits.append(f"waits for {action.waits_for}")
     return f"  ({'; '.join(waits)})" if waits else ""
 

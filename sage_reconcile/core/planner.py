@@ -209,8 +209,9 @@ class _Planner:
             port=port,
             restarts=restarts,
             failures=failed_before,
+            blocked=placement.blocked,
         )
-        if not held_back:
+        if not (held_back or action.blocked):
             waits.starts(action)
         return action
 
