@@ -53,7 +53,15 @@ def look(host: Host, desired: Desired, *, tried: frozenset[str] | None = None) -
         UnsafePlan: the plan failed its independent check.
     """
     observed = host.observe(desired)
-    now = host.now()
+    return judged(desired, observed, host.now(), tried=tried)
+
+
+def judged(desired: Desired, observed: Observed, now: float, *, tried: frozenset[str] | None = None) -> Pass:
+    """The plan for a machine, wherever what is known of it comes from. See ``make_plan`` for ``tried``.
+
+    Raises:
+        UnsafePlan: the plan failed its independent check.
+    """
     plan = make_plan(desired, observed, now, tried=tried)
     wrong = check_plan(desired, observed, plan)
     if wrong:
