@@ -117,7 +117,8 @@ def _settled(result: Pass, tried: frozenset[str]) -> bool:
         return True  # it could not even be written down that something shall end
     if result.done or result.plan.waiting:
         return False
-    if any(action.kind != "spawn" or action.replica not in tried for action in result.plan.actions):
+    left = [action for action in result.plan.actions if not action.blocked]
+    if any(action.kind != "spawn" or action.replica not in tried for action in left):
         return False
     return all(kept.launch.ready or kept.launch.ready_at is not None for kept in result.plan.kept)
 

@@ -53,7 +53,22 @@ def look(host: Host, desired: Desired, *, tried: frozenset[str] | None = None, a
         UnsafePlan: the plan failed its independent check.
     """
     observed = host.observe(desired)
-    now = host.now()
+    return judged(desired, observed, host.now(), tried=tried, allow_moves=allow_moves)
+
+
+def judged(
+    desired: Desired,
+    observed: Observed,
+    now: float,
+    *,
+    tried: frozenset[str] | None = None,
+    allow_moves: bool = False,
+) -> Pass:
+    """The plan for a machine, wherever what is known of it comes from. See ``make_plan`` for the options.
+
+    Raises:
+        UnsafePlan: the plan failed its independent check.
+    """
     plan = make_plan(desired, observed, now, tried=tried, allow_moves=allow_moves)
     wrong = check_plan(desired, observed, plan)
     if wrong:

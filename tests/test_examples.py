@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from sage_reconcile.core.check import check_plan
+from sage_reconcile.core.declared import declared_gpus, declared_links
 from sage_reconcile.core.observed import Gpu, Observed
 from sage_reconcile.core.planner import make_plan
 from sage_reconcile.core.report import plan_document, status_document
@@ -20,7 +22,6 @@ from sage_reconcile.core.source import Source
 from sage_reconcile.core.spec import EngineSpec, HostSpec
 from sage_reconcile.core.starter import starter
 from sage_reconcile.host import files
-from sage_reconcile.host.gpus import simulated_inventory
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((REPOSITORY / "examples").rglob("engines.yaml"))
@@ -39,11 +40,9 @@ def checked(data: Any, name: str) -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.parent.name)
 def test_an_example_is_valid_and_everything_in_it_finds_a_place(path: Path) -> None:
     desired = files.load(path, {}).desired
-    declared = desired.host.gpus
-    gpus = BOX if declared == "auto" else ()
-    if isinstance(declared, tuple):
-        gpus = simulated_inventory([(gpu.name, gpu.memory, gpu.count) for gpu in declared], {})
-    observed = Observed(gpus=gpus)
+    declared = desired.host.declared
+    gpus = BOX if desired.host.gpus == "auto" else declared_gpus(declared, simulated=True)
+    observed = Observed(gpus=gpus, links=declared_links(declared, gpus) if declared else {})
     plan = make_plan(desired, observed, 0.0)
     assert check_plan(desired, observed, plan) == []
     assert [item.reason for item in plan.unplaced] == []
@@ -81,6 +80,27 @@ def test_the_schema_refuses_what_the_reader_refuses(wrong: dict[str, object], wh
     assert faults
 
 
+@pytest.mark.parametrize(
+    ("gpus", "fits"),
+    [
+        ("8xH100-80GB", True),
+        ("4x24GiB", True),
+        ([{"name": "H100"}, "2xL4", {"name": "Mine", "memory": "8GiB", "count": 2}], True),
+        ("all", False),
+        ([], False),
+        (["all"], False),
+        ([{"memory": "8GiB"}], False),
+        ([{"name": "H100", "memory": 80}], False),
+    ],
+)
+def test_the_schema_knows_how_gpus_are_declared(gpus: object, fits: bool) -> None:
+    data = {"version": 1, "host": {"gpus": gpus}, "engines": {}}
+    _, faults = resolve(Source(data, {}, {}), {}, {})
+    assert (faults == []) is fits
+    with contextlib.nullcontext() if fits else pytest.raises(jsonschema.ValidationError):
+        checked(data, "engines")
+
+
 def test_the_complete_example_and_the_readme_show_every_field() -> None:
     shown = (REPOSITORY / "examples/vllm/engines.yaml").read_text(encoding="utf-8")
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -95,9 +115,7 @@ def test_what_init_writes_is_valid_and_can_be_planned(gpus: tuple[Gpu, ...], tmp
     path = tmp_path / "engines.yaml"
     path.write_text(starter(gpus, "no NVIDIA driver here"), encoding="utf-8")
     desired = files.load(path, {}).desired
-    declared = desired.host.gpus
-    if isinstance(declared, tuple):
-        gpus = simulated_inventory([(gpu.name, gpu.memory, gpu.count) for gpu in declared], {})
+    gpus = declared_gpus(desired.host.declared, simulated=True) or gpus
     plan = make_plan(desired, Observed(gpus=gpus), 0.0)
     assert not plan.unplaced
     checked(yaml.safe_load(path.read_text(encoding="utf-8")), "engines")

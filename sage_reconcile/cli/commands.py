@@ -110,7 +110,7 @@ def apply(given: Path | None, state_dir: Path | None, *, yes: bool, allow_moves:
     _other_file(path, state)
     _show_plan(seen)
     seen_text = _plan_text(seen)
-    while any(seen.plan.actions) and not yes:
+    while not all(action.blocked for action in seen.plan.actions) and not yes:
         if not _confirmed("Do this?"):
             return 1
         seen = look(host, loaded.desired, tried=frozenset(), allow_moves=allow_moves)

@@ -138,7 +138,7 @@ def conclude(document: dict[str, Any], program: str) -> int:
     broken = [r for r in replicas if r["phase"] != "Ready" and not r["unplaced"]]
     for replica in broken:
         _show_failure(replica)
-    counts = [f"{len(unplaced)} cannot be placed"] if unplaced else []
+    counts = [f"{len(unplaced)} cannot be placed or started"] if unplaced else []
     counts += [f"{len(broken)} not ready"] if broken else []
     rendering.error("not everything is as the file says: " + ", ".join(counts or ["changes are left"]))
     return 3 if unplaced and not broken else 1

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from sage_reconcile import __version__
+
+if TYPE_CHECKING:
+    from sage_reconcile.core.gpu_models import Declared
 
 USAGE = 64
 """Exit code for wrong usage (EX_USAGE); 2 means that there are changes."""
@@ -94,10 +98,29 @@ def validate(file: File = None, output: Output = "text") -> None:
 
 
 @app.command()
-def diff(file: File = None, state_dir: State = None, output: Output = "text", allow_moves: AllowMoves = False) -> None:
+def diff(
+    file: File = None,
+    state_dir: State = None,
+    output: Output = "text",
+    allow_moves: AllowMoves = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            "--gpus",
+            help="Would the whole file fit on these GPUs, were they here and empty? 8xH100-80GB, 2xA100-80GB,4xL4, "
+            "4x24GiB, 4xMyCard:48GiB. Looks at nothing of this machine; exits 0 if all fits, else 3.",
+            metavar="GPUS",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Show what apply would do, and why. Exits 0 in sync, 2 changes, 3 something cannot be placed."""
     from sage_reconcile.cli import commands
 
+    if gpus is not None:
+        from sage_reconcile.cli.fitting import would_it_fit
+
+        raise Finished(would_it_fit(commands.file_path(file), _declared(gpus), as_json=_format(output)))
     raise Finished(commands.diff(file, state_dir, _format(output), allow_moves=allow_moves))
 
 
@@ -160,6 +183,19 @@ def schema() -> None:
     from sage_reconcile.cli import commands
 
     raise Finished(commands.schema())
+
+
+def _declared(text: str) -> Sequence[Declared]:
+    """The GPUs that are meant."""
+    from pydantic_core import PydanticCustomError
+
+    from sage_reconcile.core.gpu_models import read_gpus
+
+    try:
+        return read_gpus(text)
+    except PydanticCustomError as error:
+        told = error.context or {}
+        raise typer.BadParameter(f"{told['what']}; {told['fix']}", param_hint="--gpus") from None
 
 
 def _format(output: str) -> bool:

@@ -31,12 +31,18 @@ def check_plan(desired: Desired, observed: Observed, plan: Plan) -> list[str]:
 
 def _order(plan: Plan) -> Iterator[str]:
     seen: set[str] = set()
+    never = {action.id for action in plan.actions if action.blocked}
+    replaced = {action.replica for action in plan.actions if action.changes}
     for action in plan.actions:
         if action.id in seen:
             yield f"two actions are called {action.id}"
         for before in action.after:
             if before not in seen:
                 yield f"{action.id} comes after {before}, which does not come before it"
+            if before in never:
+                yield f"{action.id} comes after {before}, which is never done"
+        if action.blocked and action.replica in replaced:
+            yield f"{action.id} is never done, and what runs would end for it"
         seen.add(action.id)
 
 
@@ -141,8 +147,11 @@ def _one_spawn(action: Action, engines: Mapping[str, Engine]) -> Iterator[str]:
         yield f"{action.id} gets {len(action.gpus)} GPUs and takes {spec.gpu_count}"
     if len({gpu.name for gpu in action.gpus}) > 1:
         yield f"{action.id} is split over GPUs of different models"
-    if spec.runtime != "simulator" and any(gpu.simulated for gpu in action.gpus):
+    cannot = spec.runtime != "simulator" and any(gpu.simulated for gpu in action.gpus)
+    if cannot and not action.blocked:
         yield f"{action.id} would run a real engine on simulated GPUs"
+    if action.blocked and not cannot:
+        yield f"{action.id} is held off, and nothing stands in its way"
     if spec.gpus != "auto" and any(gpu.index not in spec.gpus and gpu.uuid not in spec.gpus for gpu in action.gpus):
         yield f"{action.id} is placed off the GPUs that its entry names"
 
@@ -184,15 +193,22 @@ def _has_strangers(gpu: Gpu, launches: tuple[Launch, ...]) -> bool:
 def _links(desired: Desired, observed: Observed, plan: Plan) -> Iterator[str]:
     """Whether the ranks of what starts can reach each other over links that are good enough."""
     good = {"nvlink": {"nvlink"}, "numa": {"nvlink", "pix", "pxb", "phb", "node"}}
+    near: dict[str, dict[str, list[str]]] = {kind: {} for kind in good}
+    for kind, pair in [(kind, pair) for pair, link in observed.links.items() for kind in good if link in good[kind]]:
+        for uuid in pair:
+            near[kind].setdefault(uuid, []).extend(pair - {uuid})
     engines = {engine.name: engine.spec for engine in desired.engines}
     for action in plan.actions:
         spec = engines.get(_engine_name(action)) if action.kind == "spawn" else None
         if spec is None or spec.link == "any" or not action.gpus:
             continue
-        reached = {action.gpus[0].uuid}
-        pairs = [set(pair) for pair, link in observed.links.items() if link.value in good[spec.link]]
-        while more := [pair for pair in pairs if len(pair & reached) == 1]:
-            reached.update(*more)
+        reached: set[str] = set()
+        todo = [action.gpus[0].uuid]
+        while todo:
+            step = todo.pop()
+            if step not in reached:
+                reached.add(step)
+                todo += near[spec.link].get(step, ())
         if not {gpu.uuid for gpu in action.gpus} <= reached:
             yield f"{action.id} is split over GPUs that are not linked by {spec.link}"
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from pydantic_core import PydanticCustomError
 
+from sage_reconcile.core import gpu_models
 from sage_reconcile.core.units import all_of, described, fault, read_text, read_whole_number
 
 PLACEHOLDERS = ("model", "host", "port", "name")
@@ -167,12 +168,36 @@ def read_port(value: object) -> object:
 
 
 def read_host_gpus(value: object) -> object:
-    """``auto``, ``none``, or a list to be read further."""
+    """``auto``, ``none``, GPUs in words, or a list to be read further."""
     if isinstance(value, list | tuple) and not value:
         raise fault("declares no GPU", "write none, or list at least one GPU")
-    if not isinstance(value, list | tuple) and value not in ("auto", "none"):
-        raise fault(f"expected GPUs, got {described(value)}", "write auto, none, or a list of {name, memory, count}")
-    return value
+    if isinstance(value, list | tuple) or value in ("auto", "none"):
+        return value
+    if isinstance(value, str) and any(letter.isdecimal() for letter in value):
+        return [_as_map(group) for group in gpu_models.read_gpus(value)]
+    raise fault(
+        f"expected GPUs, got {described(value)}",
+        "write auto, none, GPUs such as 8xH100-80GB or 4x24GiB, or a list of {name, memory, count}",
+    )
+
+
+def read_declared_gpu(value: object) -> object:
+    """GPUs of one kind, in words or as a map; memory that is not given is looked up by the name."""
+    if isinstance(value, str):
+        groups = gpu_models.read_gpus(value)
+        if len(groups) > 1:
+            raise fault("several kinds of GPUs in one item", "write each as an item of its own")
+        return _as_map(groups[0])
+    if isinstance(value, int):
+        raise fault(f"expected GPUs, got {described(value)}", "put it in quotes if it is a name")
+    if not isinstance(value, dict) or "memory" in value or not isinstance(value.get("name"), str):
+        return value
+    model = gpu_models.find(value["name"])
+    return {**value, "name": model.name, "memory": f"{model.memory_mib}MiB"}
+
+
+def _as_map(group: gpu_models.Declared) -> dict[str, object]:
+    return {"name": group.name, "memory": f"{group.memory_mib}MiB", "count": group.count}
 
 
 def host_gpus_kind(value: object) -> str:

@@ -142,7 +142,7 @@ class MakingRoom:
     def _fits(self, requests: Sequence[Request], gone: Sequence[Launch]) -> dict[str, Placement] | None:
         leaving = self.leaving | {launch.id for launch in gone}
         found = place(self.desired, self.observed, requests, leaving, budget=_TRIAL_BUDGET)
-        places = {name: item for name, item in found.items() if isinstance(item, Placement)}
+        places = {name: item for name, item in found.items() if isinstance(item, Placement) and not item.blocked}
         return places if len(places) == len(found) else None
 
     def _cost(self, moves: Mapping[str, Placement]) -> tuple[float, float, int, tuple[str, ...]]:

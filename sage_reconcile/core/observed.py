@@ -197,6 +197,6 @@ class Observed:
     models: Mapping[str, ModelFacts] = field(default_factory=dict)
     links: Links = field(default_factory=dict)
     gpu_note: str = ""
-    """Why there are no GPUs, where that is known (no driver, no permission …)."""
+    """Why there are no GPUs, where that is known (no driver, no permission …), or what those there cannot tell."""
     problems: tuple[str, ...] = ()
     """What could not be read, a sentence each."""

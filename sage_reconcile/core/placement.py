@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sage_reconcile.core.memory import Occupancy, launches_by_gpu, occupancy, promised_mib
 from sage_reconcile.core.observed import Gpu, Launch, Link, Observed, link_groups
 from sage_reconcile.core.packing import BUDGET, pack
-from sage_reconcile.core.reasons import WORST_LINK, Book, impossible, no_room, pinned
+from sage_reconcile.core.reasons import WORST_LINK, Book, blocked, impossible, no_room, pinned
 from sage_reconcile.core.slots import Item, Option, Slot
 from sage_reconcile.core.spec import Desired, Engine, HostSpec
 
@@ -39,10 +39,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """GPUs for a replica, in rank order, and what it is promised on each of them."""
+    """GPUs for a replica, in rank order, and what it is promised on each of them.
+
+    ``blocked`` says why it can never be started there; empty where it can.
+    """
 
     gpus: tuple[Gpu, ...]
     memory_mib: int
+    blocked: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +120,15 @@ class _Placing:
             item = items[name]
             if isinstance(item, str):
                 results[request.replica] = Refusal(item)
+            elif request.returning and (why := blocked(request.engine, [book.gpu for book in self.books])):
+                results[request.replica] = Refusal(why)  # what runs does not end for what cannot start
             else:
                 asking.append((request, item))
         packed = pack([item for _, item in asking], self._slots(), budget)
         for position, found in sorted(packed.places.items()):
             request = asking[position][0]
             gpus = tuple(self.books[slot].gpu for slot in found.slots)
-            results[request.replica] = Placement(gpus, found.need_mib)
+            results[request.replica] = Placement(gpus, found.need_mib, blocked(request.engine, gpus))
             self._enter(request, found.slots, found.need_mib)
         told: dict[tuple[str, bool], Refusal] = {}
         for position, proven in packed.refused.items():

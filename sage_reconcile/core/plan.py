@@ -24,7 +24,8 @@ class Action:
     ready or has failed); ``waits_for`` says what else it waits for, and is empty where it can be done now.
     ``launch`` is the id of the launch it acts on; a spawn has none yet, but ``predecessor`` where it takes over
     from a launch that ends when this one is ready. ``goes_to`` is where what is stopped is started again, where
-    that is settled already.
+    that is settled already. ``blocked`` says why it is never done on this machine: it has its place, and nothing
+    waits for it.
     """
 
     id: str
@@ -44,11 +45,12 @@ class Action:
     failures: int = 0
     predecessor: str = ""
     goes_to: tuple[Gpu, ...] = ()
+    blocked: str = ""
 
     @property
     def now(self) -> bool:
         """Whether nothing stands before it."""
-        return not self.after and not self.waits_for
+        return not (self.after or self.waits_for or self.blocked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,7 @@ class Plan:
     def replaced(self) -> frozenset[str]:
         """The replicas that are stopped and started again, moved ones among them."""
         stopped = {action.replica for action in self.actions if action.kind != "spawn"}
-        return frozenset(stopped & {action.replica for action in self.actions if action.kind == "spawn"})
+        return frozenset(stopped & {a.replica for a in self.actions if a.kind == "spawn" and not a.blocked})
 
     def moved(self) -> frozenset[str]:
         """The replicas that go to other GPUs to make room; those that are on their way are among them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sage_reconcile.core.drift import Change
 from sage_reconcile.core.memory import Occupancy
 from sage_reconcile.core.observed import Gpu
 from sage_reconcile.core.plan import Action, Move, Plan
@@ -20,12 +19,13 @@ def plan_text(plan: Plan, now: float) -> str:
 
 
 def counts(plan: Plan) -> str:
-    """One line: how many replicas start, are replaced, move (if any do), stop, stay and have no place."""
+    """One line: how many replicas start, are replaced, stop, stay and have no place; of others where there are any."""
     told = summary(plan)
     moves = f"{told['move']} to move, " if told["move"] else ""
+    blocked = f", {told['blocked']} that cannot start here" if told["blocked"] else ""
     return (
         f"{told['start']} to start, {told['replace']} to replace, {moves}{told['stop']} to stop, "
-        f"{told['unchanged']} unchanged, {told['unplaced']} unplaced."
+        f"{told['unchanged']} unchanged, {told['unplaced']} unplaced{blocked}."
     )
 
 
@@ -33,12 +33,13 @@ def summary(plan: Plan) -> dict[str, int]:
     """The counts of a plan by name."""
     replaced, moved = plan.replaced(), plan.moved()
     return {
-        "start": sum(action.kind == "spawn" and action.replica not in replaced for action in plan.actions),
+        "start": sum(a.kind == "spawn" and a.replica not in replaced and not a.blocked for a in plan.actions),
         "replace": len(replaced - moved),
         "move": len(moved),
         "stop": len({a.replica for a in plan.actions if a.kind != "spawn"} - replaced - moved),
         "unchanged": len(plan.kept),
         "unplaced": len(plan.unplaced),
+        "blocked": sum(bool(action.blocked) for action in plan.actions),
     }
 
 
@@ -49,9 +50,10 @@ def _engines(plan: Plan, now: float) -> Iterator[str]:
     for action in plan.actions:
         if action.kind == "spawn":
             sign, verb = ("~", "replace") if action.replica in replaced else ("+", "start")
-            verb = "move" if action.replica in moved else verb
+            verb = "placed" if action.blocked else "move" if action.replica in moved else verb
+            before = ends[action.replica] if action.replica in replaced else None
             where = f"{_place(action.gpus, action.memory_mib)}  port {action.port}"
-            rows.append((f"{sign} {action.replica}\0{verb}\0{where}", _why(action, ends.get(action.replica), now)))
+            rows.append((f"{sign} {action.replica}\0{verb}\0{where}", _details(action, before, now)))
         elif action.replica not in replaced:
             sign, verb = ("~", "move") if action.replica in moved else ("-", action.kind)
             rows.append((f"{sign} {action.replica}\0{verb}\0{action.cause}", []))
@@ -73,21 +75,18 @@ def _engines(plan: Plan, now: float) -> Iterator[str]:
         yield ""
 
 
-def _why(action: Action, before: Action | None, now: float) -> list[str]:
-    """The lines below a start: what it follows from, and when it comes."""
-    told = [
-        f"{change.field}: {change.old or '(not set)'} -> {change.new or '(not set)'}" for change in _changes(before)
-    ]
-    told = told or [before.cause if before else action.cause]
-    if action.predecessor:
+def _details(spawn: Action, before: Action | None, now: float) -> list[str]:
+    """Why it starts, given what ends before it, and when; or why it never does."""
+    changed = before.changes if before else ()
+    told = [f"{change.field}: {change.old or '(not set)'} -> {change.new or '(not set)'}" for change in changed]
+    told = told or [before.cause if before else spawn.cause]
+    if spawn.predecessor:
         told.append("starts there first, and ends here when it is ready: no downtime")
-    if action.not_before is not None:
-        told.append(f"starts in {max(0.0, action.not_before - now):.0f}s")
+    if spawn.blocked:
+        told.append(f"cannot start here: {spawn.blocked}")
+    elif spawn.not_before is not None:
+        told.append(f"starts in {max(0.0, spawn.not_before - now):.0f}s")
     return told
-
-
-def _changes(action: Action | None) -> tuple[Change, ...]:
-    return action.changes if action else ()
 
 
 def _place(gpus: tuple[Gpu, ...], memory_mib: int) -> str:
@@ -131,7 +130,9 @@ def _order(plan: Plan) -> Iterator[str]:
 
 def _after(action: Action, numbers: dict[str, int]) -> str:
     waits = [f"after {', '.join(map(str, sorted(numbers[step] for step in action.after)))}"] if action.after else []
-    if action.waits_for:
+    if action.blocked:
+        waits.append("cannot start here")
+    elif action.waits_for:
         waits.append(f"waits for {action.waits_for}")
     return f"  ({'; '.join(waits)})" if waits else ""
 

@@ -252,8 +252,9 @@ class _Planner:
             restarts=restarts,
             failures=failed_before,
             predecessor=predecessor,
+            blocked=placement.blocked,
         )
-        if not held_back:
+        if not (held_back or action.blocked):
             lanes.starts(action)
         return action
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from sage_reconcile.core.gpu_models import size_text
 from sage_reconcile.core.memory import Occupancy
 from sage_reconcile.core.observed import Gpu, Link
 from sage_reconcile.core.spec import Engine
-from sage_reconcile.core.units import mib_text
 
 WORST_LINK: Mapping[str, Link] = {"nvlink": Link.NVLINK, "numa": Link.NODE}
 """What each value of ``link`` asks for at the least; NVLink between NUMA nodes is better than either asks for."""
@@ -54,16 +54,11 @@ def pinned(engine: Engine, gpu: Gpu) -> bool:
 
 
 def impossible(engine: Engine, books: Sequence[Book], needs: Sequence[int | None], note: str) -> str:
-    """Why no amount of free memory would help; empty where it would. ``note`` says why there are no GPUs."""
+    """Why no amount of free memory would help; empty where it would. ``note`` is that of the look at the GPUs."""
     spec = engine.spec
     if not books:
         why = f": {note}" if note else ""
         return f"needs {_gpus(spec.gpu_count)}, but this machine has none{why}; `device: cpu` runs it without"
-    if spec.runtime != "simulator" and all(book.gpu.simulated for book in books):
-        return (
-            "the GPUs of this file are simulated (declared under `host.gpus`), and only `runtime: simulator` runs on "
-            "them; use `host.gpus: auto` for the real ones"
-        )
     missing = (
         []
         if spec.gpus == "auto"
@@ -71,9 +66,20 @@ def impossible(engine: Engine, books: Sequence[Book], needs: Sequence[int | None
     )
     if missing:
         known = ", ".join(str(book.gpu.index) for book in books)
-        return f"its `gpus` name {', '.join(map(str, missing))}, which this machine does not have; it has {known}"
+        why = f"; {note}" if note and any(isinstance(pin, str) for pin in missing) else ""
+        return f"its `gpus` name {', '.join(map(str, missing))}, which this machine does not have; it has {known}{why}"
     if needs[0] is None:
         return f"`memory: auto` cannot tell what {spec.model or 'it'} takes; say it with `memory: 24GiB`"
+    return ""
+
+
+def blocked(engine: Engine, gpus: Sequence[Gpu]) -> str:
+    """Why a replica could have these GPUs and yet never be started on this machine; empty where it can be."""
+    if engine.spec.runtime != "simulator" and any(gpu.simulated for gpu in gpus):
+        return (
+            "the GPUs of this file are declared, not there; only `runtime: simulator` runs on them (`host.gpus: auto` "
+            "takes those of the machine)"
+        )
     return ""
 
 
@@ -188,12 +194,7 @@ def _state(verdict: _Verdict, label: str, size: Callable[[int], str]) -> str:
     if book.taken.kept_back_mib:
         holders.append(f"reserve and headroom {gib(book.taken.kept_back_mib)}")
     taken = f" ({', '.join(holders)})" if holders else ""
-    return f"{label} has {size(verdict.free_mib)} of {_sold_as(book.gpu)} free{taken}"
-
-
-def _sold_as(gpu: Gpu) -> str:
-    """A GPU's size in the unit in which it is sold."""
-    return mib_text(gpu.memory_total_mib) if gpu.memory_total_mib % 1024 == 0 else gib(gpu.memory_total_mib)
+    return f"{label} has {size(verdict.free_mib)} of {size_text(book.gpu.memory_total_mib)} free{taken}"
 
 
 def strangers(gpu: Gpu) -> str:

@@ -73,6 +73,7 @@ def _action(action: Action) -> dict[str, Any]:
         "waits_for": action.waits_for,
         "not_before": action.not_before,
         "start_first": bool(action.predecessor),
+        "blocked": action.blocked,
         "changes": [{"field": change.field, "old": change.old, "new": change.new} for change in action.changes],
         **_place(action.gpus, action.memory_mib, action.port),
     }
@@ -112,8 +113,8 @@ def _engine(
     wanted = engine.replicas()
     names = [*wanted, *(r for r in _names(engine.name, launches) if r not in wanted)]
     refused = {item.replica: item.reason for item in plan.unplaced}
-    reasons = dict(refused)
-    reasons |= {action.replica: _waiting(action) for action in plan.actions if action.kind == "spawn"}
+    refused |= {action.replica: action.blocked for action in plan.actions if action.blocked}
+    reasons = {action.replica: _waiting(action) for action in plan.actions if action.kind == "spawn"} | refused
     replicas = []
     for name in names:
         launch = _current(launches.get(name, ()))

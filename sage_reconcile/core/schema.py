@@ -8,6 +8,7 @@ from sage_reconcile.core.fields import ENGINE_NAME, OWN_FLAGS
 from sage_reconcile.core.spec import FileSpec
 
 _VARIABLE = {"type": "string", "pattern": r"\$\{[A-Za-z_][A-Za-z0-9_]*(:-[^}]*)?\}"}
+_GPUS_IN_WORDS = {"type": "string", "pattern": r"\d", "examples": ["8xH100-80GB", "4x24GiB", "2xMyCard:48GiB"]}
 _GPU_LIST = {"type": "array", "minItems": 1, "uniqueItems": True, "items": {"type": ["integer", "string"]}}
 
 
@@ -29,8 +30,15 @@ def file_schema() -> dict[str, Any]:
     _write(
         host,
         "gpus",
-        {"anyOf": [{"enum": ["auto", "none"]}, {"type": "array", "items": {"$ref": "#/$defs/DeclaredGpu"}}]},
+        {
+            "anyOf": [
+                {"enum": ["auto", "none"]},
+                _GPUS_IN_WORDS,
+                {"type": "array", "minItems": 1, "items": {"anyOf": [{"$ref": "#/$defs/DeclaredGpu"}, _GPUS_IN_WORDS]}},
+            ]
+        },
     )
+    del definitions["DeclaredGpu"]["properties"]["memory"]["default"]
     for properties in (engine, host, definitions["DeclaredGpu"]["properties"]):
         for name, field in properties.items():
             properties[name] = _with_variable(field)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from sage_reconcile.core.fields import (
     host_gpus_kind,
     read_command,
+    read_declared_gpu,
     read_env,
     read_flags,
     read_gpu_list,
@@ -21,6 +22,7 @@ from sage_reconcile.core.fields import (
     read_names,
     read_port,
 )
+from sage_reconcile.core.gpu_models import MOST, Declared
 from sage_reconcile.core.units import (
     Memory,
     MemoryRequest,
@@ -53,8 +55,18 @@ class DeclaredGpu(_Strict):
     """GPUs that are not there: the simulator runs on them, and plans can be tried for them."""
 
     name: Text = Field(description="What the GPU is called, such as H100-80GB.")
-    memory: SizeMib = Field(gt=0, description="Memory of one of them.")
-    count: WholeNumber = Field(default=1, ge=1, le=1024, description="How many of them.")
+    memory: SizeMib = Field(default=0, gt=0, description="Memory of one of them; of a known GPU it may be left out.")
+    count: WholeNumber = Field(default=1, ge=1, le=MOST, description="How many of them.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_words(cls, value: object) -> object:
+        return read_declared_gpu(value)
+
+    @property
+    def declared(self) -> Declared:
+        """The same as plain data."""
+        return Declared(self.name, self.memory, self.count)
 
 
 class HostSpec(_Strict):
@@ -66,7 +78,8 @@ class HostSpec(_Strict):
         BeforeValidator(read_host_gpus),
     ] = Field(
         default="auto",
-        description="auto: the GPUs that NVML shows; none: use no GPU; a list: simulated GPUs.",
+        description="auto: the GPUs that NVML shows; none: use no GPU; else GPUs that are not there, such as "
+        "8xH100-80GB: engines are planned for them, and the simulator runs on them.",
     )
     headroom: SizeMib = Field(default=0, description="Memory of each GPU that is never given to an engine.")
     exclude: Annotated[tuple[int | str, ...], BeforeValidator(read_gpu_list)] = Field(
@@ -75,6 +88,11 @@ class HostSpec(_Strict):
     ports: PortRange = Field(default="8000-8999", description="Where `port: auto` takes its ports from.")
     bind: Text = Field(default="127.0.0.1", description="The address engines listen on.")
     concurrent_starts: WholeNumber = Field(default=8, ge=1, le=10000, description="How many start at one time.")
+
+    @property
+    def declared(self) -> tuple[Declared, ...]:
+        """The GPUs that exist only by declaration; none where those of the machine are meant."""
+        return tuple(gpu.declared for gpu in self.gpus if not isinstance(gpu, str))
 
 
 class EngineSpec(_Strict):

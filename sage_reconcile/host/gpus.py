@@ -230,25 +230,6 @@ class NvmlInventory:
                 look.add_unreadable(gpu, "the driver no longer lists the GPU: see dmesg, and reboot")
 
 
-def simulated_inventory(
-    declared: Sequence[tuple[str, int, int]], usage: Mapping[str, Sequence[tuple[int, int]]]
-) -> tuple[Gpu, ...]:
-    """GPUs that exist only by declaration, for trying things out without one.
-
-    Args:
-        declared: (name, total memory in MiB, how many of it), in the order of the indexes.
-        usage: by UUID (``GPU-simulated-<index>``), the processes on it as (pid, MiB held).
-    """
-    each = [(name, total_mib) for name, total_mib, times in declared for _ in range(times)]
-    gpus = []
-    for index, (name, total_mib) in enumerate(each):
-        uuid = f"GPU-simulated-{index}"
-        processes = tuple(GpuProcess(pid, mib) for pid, mib in sorted(usage.get(uuid, ())))
-        used_mib = sum(process.memory_mib or 0 for process in processes)
-        gpus.append(Gpu(uuid, index, name, f"simulated:{index:02d}", total_mib, 0, used_mib, processes, simulated=True))
-    return tuple(gpus)
-
-
 def _meet(ask: _Ask, index: int) -> _Card:
     """The card of that index with its fixed facts."""
     gpu = Gpu(f"unknown-{index}", index, "unknown GPU", "", 0)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
 import pwd
 import secrets
@@ -18,15 +16,16 @@ from pathlib import Path
 
 from sage_reconcile.core import startup_log
 from sage_reconcile.core.command import command_line, environment
-from sage_reconcile.core.memory import parameters_from_config
-from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, ModelFacts, Observed
+from sage_reconcile.core.declared import declared_gpus, declared_links
+from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Links, Observed
 from sage_reconcile.core.plan import Action
 from sage_reconcile.core.resolve import secret_marks
 from sage_reconcile.core.spec import Desired, EngineSpec
 from sage_reconcile.errors import SpawnError, StateError
 from sage_reconcile.host import logs, observe, ports, processes
-from sage_reconcile.host.gpus import NvmlInventory, simulated_inventory
+from sage_reconcile.host.gpus import NvmlInventory
 from sage_reconcile.host.links import LinkReader
+from sage_reconcile.host.models import ModelReader
 from sage_reconcile.host.observe import Found
 from sage_reconcile.host.probes import Prober, Target, ask_once, loopback
 from sage_reconcile.host.processes import ProcessId
@@ -56,7 +55,7 @@ class LocalHost:
         self._children: list[subprocess.Popen[bytes]] = []
         self._found: dict[str, Found] = {}
         self._logs: list[Path] = []
-        self._facts: dict[str, tuple[int, ModelFacts]] = {}
+        self._models = ModelReader(folder)
 
     @property
     def writes(self) -> bool:
@@ -75,7 +74,7 @@ class LocalHost:
         """
         # we are the parent of the shells we started: those that have ended must be reaped
         self._children = [child for child in self._children if child.poll() is None]
-        gpus, note = self._gpus(desired)
+        gpus, links, note = self._gpus(desired)
         holding = frozenset(process.pid for gpu in gpus for process in gpu.processes)
         records, problems = self.records.load()
         now = self.now()
@@ -93,20 +92,21 @@ class LocalHost:
             gpus=tuple(self._owned(gpu, records) for gpu in gpus),
             launches=tuple(launches),
             ports=ports.in_use(desired, {record.port for record in records if not record.ended}),
-            models=self._model_facts(desired),
+            models=self._models.read(desired),
             gpu_note=note,
-            links=self._links.read(*self._nvml.cards()),
+            links=links,
             problems=tuple(problems),
         )
 
-    def _gpus(self, desired: Desired) -> tuple[tuple[Gpu, ...], str]:
-        declared = desired.host.gpus
-        if declared == "none":
-            return (), "`host.gpus: none`"
-        if declared == "auto":
-            return self._nvml.read()
+    def _gpus(self, desired: Desired) -> tuple[tuple[Gpu, ...], Links, str]:
+        if desired.host.gpus == "none":
+            return (), {}, "`host.gpus: none`"
+        if desired.host.gpus == "auto":
+            gpus, note = self._nvml.read()
+            return gpus, self._links.read(*self._nvml.cards()), note
         usage = simulated_gpus.usage(self.state.simulated_gpus)
-        return simulated_inventory([(gpu.name, gpu.memory, gpu.count) for gpu in declared], usage), ""
+        gpus = declared_gpus(desired.host.declared, usage, simulated=True)
+        return gpus, declared_links(desired.host.declared, gpus), ""
 
     def _owned(self, gpu: Gpu, records: Iterable[Record]) -> Gpu:
         """The GPU with each process given to the launch in whose session it is, and strangers named."""
@@ -187,22 +187,6 @@ class LocalHost:
             shutil.rmtree(self.state.temporary(record.id), ignore_errors=True)
         if before != (record.leader, record.ready_at, record.ended, record.members):
             self.records.save(record)
-
-    def _model_facts(self, desired: Desired) -> dict[str, ModelFacts]:
-        facts: dict[str, ModelFacts] = {}
-        for engine in desired.engines:
-            model = engine.spec.model
-            if model is None or engine.spec.memory.kind != "auto" or model in facts:
-                continue
-            config = self.folder / model / "config.json"
-            with contextlib.suppress(OSError, ValueError):
-                changed = config.stat().st_mtime_ns
-                if self._facts.get(model, (0, None))[0] != changed:
-                    data = json.loads(config.read_text(encoding="utf-8"))
-                    parameters = parameters_from_config(data) if isinstance(data, dict) else None
-                    self._facts[model] = (changed, ModelFacts(parameters, str(config)))
-                facts[model] = self._facts[model][1]
-        return facts
 
     def watched(self) -> dict[tuple[str, int], ProcessId]:
         """The leaders whose end should wake the daemon, by launch and pid."""
@@ -288,16 +272,15 @@ class LocalHost:
         if spec.runtime == "simulator":
             path = environ.get("PYTHONPATH")
             environ["PYTHONPATH"] = os.pathsep.join([_PACKAGE_PARENT, path] if path else [_PACKAGE_PARENT])
-            if isinstance(desired.host.gpus, tuple) and action.gpus:
+            if desired.host.declared and action.gpus:
                 self._write_simulated_gpus(desired)
                 environ["SAGE_RECONCILE_SIMULATED_GPUS"] = str(self.state.simulated_gpus)
         return environ
 
     def _write_simulated_gpus(self, desired: Desired) -> None:
-        declared = [(gpu.name, gpu.memory, gpu.count) for gpu in desired.host.gpus if not isinstance(gpu, str)]
         inventory = [
             {"uuid": gpu.uuid, "name": gpu.name, "memory_total_mib": gpu.memory_total_mib}
-            for gpu in simulated_inventory(declared, {})
+            for gpu in declared_gpus(desired.host.declared, simulated=True)
         ]
         simulated_gpus.write_inventory(self.state.simulated_gpus, inventory)
 

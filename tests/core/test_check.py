@@ -261,9 +261,29 @@ def test_gpus_of_different_models(plan: Plan, wanted: Desired, machine: Observed
 
 
 def test_a_real_engine_on_simulated_gpus(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    gpu = replace(machine.gpus[2], simulated=True)
+    told = check_plan(wanted, machine, having(plan, "spawn pinned/0", gpus=(gpu,)))
+    assert told == ["spawn pinned/0 would run a real engine on simulated GPUs"]
+    assert check_plan(wanted, machine, having(plan, "spawn pinned/0", gpus=(gpu,), blocked="not there")) == []
+
+
+def test_what_is_held_off_for_no_reason(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    told = check_plan(wanted, machine, having(plan, "spawn pinned/0", blocked="not there"))
+    assert told == ["spawn pinned/0 is held off, and nothing stands in its way"]
+
+
+def test_what_comes_after_something_that_is_never_done(plan: Plan, wanted: Desired, machine: Observed) -> None:
     gpu = replace(machine.gpus[4], simulated=True)
-    told = check_plan(wanted, machine, having(plan, "spawn fresh/0", gpus=(gpu,)))
-    assert told == ["spawn fresh/0 would run a real engine on simulated GPUs"]
+    blocked = having(plan, "spawn fresh/0", gpus=(gpu,), blocked="not there")
+    after = (*action(plan, "spawn pinned/0").after, "spawn fresh/0")
+    told = check_plan(wanted, machine, having(blocked, "spawn pinned/0", after=after))
+    assert "spawn pinned/0 comes after spawn fresh/0, which is never done" in told
+
+
+def test_what_ends_for_something_that_is_never_done(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    gpu = replace(machine.gpus[4], simulated=True)
+    told = check_plan(wanted, machine, having(plan, "spawn change/0", gpus=(gpu,), blocked="not there"))
+    assert "spawn change/0 is never done, and what runs would end for it" in told
 
 
 def test_a_pinned_engine_somewhere_else(plan: Plan, wanted: Desired, machine: Observed) -> None:

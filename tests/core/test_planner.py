@@ -120,3 +120,11 @@ def test_only_what_is_both_stopped_and_started_is_replaced() -> None:
     assert plan("run: chat/0, gpu: 0, port: 8000", ran=FILE.replace("20GiB", "30GiB")).replaced() == {"chat/0"}
     assert plan("run: chat/0, gpu: 0, port: 8000", file=NONE).replaced() == frozenset()
     assert plan().replaced() == frozenset()
+
+
+def test_what_cannot_start_on_this_machine_is_never_due() -> None:
+    file = "version: 1\nhost: {gpus: 1xL4}\nengines: {chat: {model: m, memory: 2GiB}}\n"
+    wanted = desired(file)
+    (action,) = make_plan(wanted, world({"declared": True}, wanted, NOW), NOW).actions
+    assert action.blocked
+    assert (action.after, action.waits_for, action.now) == ((), "", False)

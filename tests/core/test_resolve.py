@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import astuple, fields
 
 import pytest
 
@@ -237,8 +237,31 @@ def test_a_fault_of_an_engine_names_its_place_and_the_remedy(text: str, expected
             "version: 1\nhost: {gpus: all}\nengines: {}\n",
             (
                 "f:2:14: host.gpus: expected GPUs, got the text 'all'; "
-                "write auto, none, or a list of {name, memory, count}"
+                "write auto, none, GPUs such as 8xH100-80GB or 4x24GiB, or a list of {name, memory, count}"
             ),
+        ),
+        (
+            "version: 1\nhost: {gpus: '8xH100,4xA100'}\nengines: {}\n",
+            "f:2:14: host.gpus: 'A100' may be A100-80GB or A100-40GB; write which",
+        ),
+        (
+            "version: 1\nhost:\n  gpus:\n    - 4xL4\n    - 2xL40Q\nengines: {}\n",
+            (
+                "f:5:7: host.gpus.1: 'L40Q' names no known GPU; "
+                "did you mean L40? or give its memory, as in 4xMyCard:48GiB or 4x48GiB"
+            ),
+        ),
+        (
+            "version: 1\nhost: {gpus: ['4xL4,2xT4']}\nengines: {}\n",
+            "f:2:15: host.gpus.0: several kinds of GPUs in one item; write each as an item of its own",
+        ),
+        (
+            "version: 1\nhost: {gpus: [4090]}\nengines: {}\n",
+            "f:2:15: host.gpus.0: expected GPUs, got the number 4090; put it in quotes if it is a name",
+        ),
+        (
+            "version: 1\nhost: {gpus: [{name: Mine, count: 2}]}\nengines: {}\n",
+            ("f:2:15: host.gpus.0: 'Mine' names no known GPU; give its memory, as in 4xMyCard:48GiB or 4x48GiB"),
         ),
         (
             "version: 1\nhost: {gpus: [{name: a, memory: 8GiB, cuont: 2}]}\nengines: {}\n",
@@ -516,3 +539,28 @@ engines:
         (6, 11, "engines.chat.env.VLLM_PORT"),
         (6, 34, "engines.chat.env.on-top"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        ("8xH100-80GB", [("H100-80GB", 81559, 8)]),
+        ("'2xA100-80GB, 4xL4'", [("A100-80GB", 81920, 2), ("L4", 23034, 4)]),
+        ("[8xh100-sxm, 4x24GiB]", [("H100-80GB", 81559, 8), ("24GiB", 24576, 4)]),
+        ("[{name: NVIDIA H200, count: 2}]", [("H200", 143771, 2)]),
+        ("[{name: h100, memory: 80GiB}]", [("h100", 81920, 1)]),
+        ("[{name: Mine, memory: 8GiB, count: 3}]", [("Mine", 8192, 3)]),
+        ("auto", []),
+        ("none", []),
+    ],
+)
+def test_gpus_are_declared_in_words_or_as_maps(gpus: str, expected: list[tuple[str, int, int]]) -> None:
+    wanted = desired(f"version: 1\nhost: {{gpus: {gpus}}}\nengines: {{}}\n")
+    assert [astuple(group) for group in wanted.host.declared] == expected
+
+
+def test_what_declares_gpus_and_came_from_the_environment_is_not_quoted() -> None:
+    for gpus in ("'${G}'", "['${G}']", "[{name: '${G}'}]"):
+        _, faults = read(f"version: 1\nhost: {{gpus: {gpus}}}\nengines: {{}}\n", {"G": "4xsecret1"})
+        assert len(faults) == 1
+        assert "secret1" not in faults[0].text("f")

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from sage_reconcile.core.observed import Gpu, GpuProcess
-from sage_reconcile.host.gpus import simulated_inventory
 from tests.stand_in_nvml import (
     GIB,
     LIBRARY,
@@ -570,29 +569,6 @@ def test_a_card_in_mig_mode_without_devices_is_no_gpu(reader):
     gpus, note = reader.read(Machine([gpu(0, mig_mode=1)]))
     assert gpus == []
     assert note.startswith("every GPU is in MIG mode and has no MIG device")
-
-
-def test_simulated_gpus_are_numbered_across_the_declaration():
-    gpus = simulated_inventory(
-        [("Big", 81_920, 2), ("Small", 24_576, 1)],
-        {"GPU-simulated-2": [(9, 100), (3, 50)], "GPU-simulated-7": [(1, 1)]},
-    )
-    assert gpus[:2] == tuple(
-        Gpu(f"GPU-simulated-{n}", n, "Big", f"simulated:0{n}", 81_920, simulated=True) for n in range(2)
-    )
-    assert gpus[2:] == (
-        Gpu(
-            "GPU-simulated-2",
-            2,
-            "Small",
-            "simulated:02",
-            24_576,
-            memory_used_mib=150,
-            processes=(GpuProcess(3, 50), GpuProcess(9, 100)),
-            simulated=True,
-        ),
-    )
-    assert simulated_inventory([], {}) == ()
 
 
 LINKS = """

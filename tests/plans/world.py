@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from sage_reconcile.core.declared import declared_gpus, declared_links
 from sage_reconcile.core.lifecycle import StopCause
 from sage_reconcile.core.memory import parameters_from_config, promised_mib
 from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Link, ModelFacts, Observed, Port
@@ -66,8 +67,12 @@ def load(path: Path) -> Case:
 
 
 def world(data: Mapping[str, Any], ran: Desired, now: float) -> Observed:
-    unknown = data.keys() - {"gpus", "gpu_note", "launches", "ports", "models", "links"}
+    unknown = data.keys() - {"gpus", "gpu_note", "launches", "ports", "models", "links", "declared"}
     assert not unknown, f"observed: unknown keys {sorted(unknown)}"
+    if data.get("declared"):
+        assert data.keys() == {"declared"}, "a declared box is empty"
+        gpus = declared_gpus(ran.host.declared, simulated=True)
+        return Observed(gpus, links=declared_links(ran.host.declared, gpus))
     models = {name: _facts(facts) for name, facts in data.get("models", {}).items()}
     bare = tuple(_gpu(index, item) for index, item in enumerate(data.get("gpus", [])))
     launches: list[Launch] = []
