@@ -131,7 +131,8 @@ class Launch:
     Times are seconds since the epoch. ``spec`` is the full resolved entry it was started from,
     secrets replaced by their ``${NAME}``; ``secret_marks`` are keyed digests by field path.
     ``failures`` counts the failed launches in a row before this one; ``restarts`` how often the replica
-    was started again since its entry last changed.
+    was started again since its entry last changed. ``inner_ports`` are its own beside ``port``, for what vLLM
+    opens inside; none where it is not vLLM, or was started before there were any.
     """
 
     id: str
@@ -155,6 +156,7 @@ class Launch:
     failures: int = 0
     log_path: str = ""
     stage: str = ""
+    inner_ports: range = range(0)
 
     @property
     def replica(self) -> str:
@@ -162,14 +164,19 @@ class Launch:
         return f"{self.engine_name}/{self.index}"
 
     @property
+    def ports(self) -> tuple[int, ...]:
+        """Every port that is its own: the one it listens on, then the inner ones."""
+        return (self.port, *self.inner_ports)
+
+    @property
     def holds(self) -> bool:
-        """Whether its GPUs, memory and port still count as taken."""
+        """Whether its GPUs, memory and ports still count as taken."""
         return self.life is not Life.EXITED
 
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A TCP port in use by a process that is not ours."""
+    """A TCP port that a process which is not ours listens on, or has bound."""
 
     number: int
     holder: str = ""

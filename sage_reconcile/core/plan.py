@@ -22,7 +22,8 @@ class Action:
 
     ``after`` are the ids of actions that must have come to their end first (for a spawn: the replica is
     ready or has failed); ``waits_for`` says what else it waits for, and is empty where it can be done now.
-    ``launch`` is the id of the launch it acts on; a spawn has none yet.
+    ``launch`` is the id of the launch it acts on; a spawn has none yet. ``inner_ports`` are for what vLLM opens
+    inside.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Action:
     gpus: tuple[Gpu, ...] = ()
     memory_mib: int = 0
     port: int = 0
+    inner_ports: range = range(0)
     launch: str = ""
     stop_cause: StopCause | None = None
     changes: tuple[Change, ...] = ()

@@ -11,7 +11,7 @@ from sage_reconcile.core.memory import Occupancy, launches_by_gpu, occupancy
 from sage_reconcile.core.observed import Launch, Life, Observed
 from sage_reconcile.core.placement import Placement, Refusal, Request, launch_gpus, place
 from sage_reconcile.core.plan import Action, GpuMap, Kept, Kind, Plan, Unplaced
-from sage_reconcile.core.ports import Ports
+from sage_reconcile.core.ports import Lease, Ports
 from sage_reconcile.core.spec import Desired, Engine
 
 _KINDS: tuple[Kind, ...] = ("reap", "kill", "stop", "spawn")
@@ -132,8 +132,8 @@ class _Planner:
         self.ending[launch.id] = self.history[launch.replica] = launch
         self.actions.append(_action(kind, launch, cause, why))
 
-    def _place(self) -> tuple[list[Request], dict[str, tuple[Placement, int] | Refusal], dict[str, str]]:
-        """A place and a port for all that is missing.
+    def _place(self) -> tuple[list[Request], dict[str, tuple[Placement, Lease] | Refusal], dict[str, str]]:
+        """A place and ports for all that is missing.
 
         A replica whose new revision has no place keeps its old one, and so its memory; then the others
         are placed anew, until nothing changes.
@@ -148,9 +148,8 @@ class _Planner:
             ]
             places = place(self.desired, self.observed, requests, self.leaving)
             ports = Ports(self.desired, self.observed, self.leaving)
-            results = {
-                request.replica: self._with_port(request, places[request.replica], ports) for request in requests
-            }
+            first = sorted(requests, key=lambda r: (not r.returning, -r.engine.spec.priority))
+            results = {request.replica: self._with_ports(request, places[request.replica], ports) for request in first}
             stuck = [
                 (replica, result.reason)
                 for replica, result in results.items()
@@ -162,18 +161,18 @@ class _Planner:
                 refused[replica] = reason
                 self.kept[replica] = self.drifted.pop(replica)[0]
 
-    def _with_port(
+    def _with_ports(
         self, request: Request, result: Placement | Refusal, ports: Ports
-    ) -> tuple[Placement, int] | Refusal:
+    ) -> tuple[Placement, Lease] | Refusal:
         if isinstance(result, Refusal):
             return result
         drifted = self.drifted.get(request.replica)
         before = drifted[0] if drifted else self.history.get(request.replica)
-        port = ports.lease(request.engine, request.index, before.port if before else None)
-        return port if isinstance(port, Refusal) else (result, port)
+        lease = ports.lease(request.engine, request.index, before)
+        return lease if isinstance(lease, Refusal) else (result, lease)
 
     def _spawns(
-        self, requests: list[Request], results: dict[str, tuple[Placement, int] | Refusal]
+        self, requests: list[Request], results: dict[str, tuple[Placement, Lease] | Refusal]
     ) -> tuple[list[Action], list[Unplaced]]:
         spawns: list[Action] = []
         unplaced: list[Unplaced] = []
@@ -186,9 +185,9 @@ class _Planner:
                 spawns.append(self._spawn(request, result[0], result[1], waits))
         return spawns, unplaced
 
-    def _spawn(self, request: Request, placement: Placement, port: int, waits: _Waits) -> Action:
+    def _spawn(self, request: Request, placement: Placement, lease: Lease, waits: _Waits) -> Action:
         replica = request.replica
-        keys = (replica, port, *(gpu.uuid for gpu in placement.gpus))
+        keys = (replica, *lease.ports, *(gpu.uuid for gpu in placement.gpus))
         cause, not_before, restarts, failed_before = self._history(request)
         waiting = waits.texts(keys)
         if not_before is not None:
@@ -206,7 +205,8 @@ class _Planner:
             not_before=not_before,
             gpus=placement.gpus,
             memory_mib=placement.memory_mib,
-            port=port,
+            port=lease.port,
+            inner_ports=lease.inner_ports,
             restarts=restarts,
             failures=failed_before,
         )
@@ -244,7 +244,7 @@ class _Planner:
 
 
 class _Waits:
-    """What a start has to wait for, found by the replica, the port and the GPUs it shares with others.
+    """What a start has to wait for, found by the replica, the ports and the GPUs it shares with others.
 
     vLLM measures the free memory while it loads (a neighbour that allocates meanwhile is charged to it),
     so starts on one GPU go one after another.
@@ -269,7 +269,7 @@ class _Waits:
 
     @staticmethod
     def _keys(launch: Launch) -> tuple[object, ...]:
-        return (launch.replica, launch.port, *launch.gpus)
+        return (launch.replica, *launch.ports, *launch.gpus)
 
     def ids(self, keys: tuple[object, ...]) -> tuple[str, ...]:
         found = dict.fromkeys(action for key in keys for action in self._ids[key])
@@ -296,6 +296,7 @@ def _action(
         changes=differences,
         memory_mib=launch.memory_mib,
         port=launch.port,
+        inner_ports=launch.inner_ports,
     )
 
 

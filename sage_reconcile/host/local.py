@@ -17,9 +17,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sage_reconcile.core import startup_log
-from sage_reconcile.core.command import command_line, environment
+from sage_reconcile.core.command import command_line, environment, inner_base
 from sage_reconcile.core.memory import parameters_from_config
-from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, ModelFacts, Observed
+from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, ModelFacts, Observed, Port
 from sage_reconcile.core.plan import Action
 from sage_reconcile.core.resolve import secret_marks
 from sage_reconcile.core.spec import Desired, EngineSpec
@@ -92,12 +92,16 @@ class LocalHost:
         return Observed(
             gpus=tuple(self._owned(gpu, records) for gpu in gpus),
             launches=tuple(launches),
-            ports=ports.in_use(desired, {record.port for record in records if not record.ended}),
+            ports=self._ports(desired, launches),
             models=self._model_facts(desired),
             gpu_note=note,
             links=self._links.read(*self._nvml.cards()),
             problems=tuple(problems),
         )
+
+    def _ports(self, desired: Desired, launches: Iterable[Launch]) -> tuple[Port, ...]:
+        ours = {port for launch in launches if launch.holds for port in launch.ports}
+        return ports.in_use(desired, ours)
 
     def _gpus(self, desired: Desired) -> tuple[tuple[Gpu, ...], str]:
         declared = desired.host.gpus
@@ -165,6 +169,7 @@ class LocalHost:
             failures=record.failures,
             log_path=record.log_path,
             stage=startup_log.stage(logs.tail(Path(record.log_path), 40)) if starting else "",
+            inner_ports=range(record.inner_port, record.inner_port + record.inner_count),
         )
 
     def _note(self, record: Record, found: Found, ready: bool, now: float) -> None:
@@ -245,6 +250,8 @@ class LocalHost:
             restarts=action.restarts,
             failures=action.failures,
             log_path=str(log),
+            inner_port=action.inner_ports.start,
+            inner_count=len(action.inner_ports),
         )
         argv = command_line(
             engine.spec,
@@ -254,6 +261,7 @@ class LocalHost:
             port=action.port,
             gpus=action.gpus,
             memory_mib=action.memory_mib,
+            inner_ports=action.inner_ports,
         )
         self.records.save(record)
         try:
@@ -275,7 +283,7 @@ class LocalHost:
     def _environment(
         self, spec: EngineSpec, overlay: Mapping[str, str], action: Action, launch_id: str, desired: Desired
     ) -> dict[str, str]:
-        environ = environment(self.environ, overlay, action.gpus)
+        environ = environment(self.environ, overlay, action.gpus, inner_base(spec, action.inner_ports))
         environ[processes.LAUNCH_VARIABLE] = launch_id
         environ["SAGE_RECONCILE_REPLICA"] = action.replica
         environ["PYTHONSAFEPATH"] = "1"  # a folder called vllm beside engines.yaml must not shadow the package

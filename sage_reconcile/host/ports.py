@@ -16,16 +16,22 @@ def in_use(desired: Desired, ours: set[int]) -> tuple[Port, ...]:
 
     Who listens is looked up only where it stands in the way of a port that an engine asks for by number.
     """
-    low, high = (int(part) for part in desired.host.ports.split("-"))
     fixed = {
         engine.spec.port + index
         for engine in desired.engines
         if engine.spec.port != "auto"
         for index in range(engine.spec.replicas)
     }
-    taken = {port for port in _listening() if (low <= port <= high or port in fixed) and port not in ours}
+    ranges = [_range(desired.host.ports), _range(desired.host.inner_ports)]
+    matters = (port for port in _listening() if port in fixed or any(port in among for among in ranges))
+    taken = {port for port in matters if port not in ours}
     holders = _holders(taken & fixed) if taken & fixed else {}
     return tuple(Port(port, holders.get(port, "")) for port in sorted(taken))
+
+
+def _range(text: str) -> range:
+    low, high = text.split("-")
+    return range(int(low), int(high) + 1)
 
 
 def _listening() -> Iterator[int]:

@@ -378,6 +378,26 @@ def test_the_environment_of_an_engine(tmp_path: Path) -> None:
         place.clean()
 
 
+def test_the_inner_ports_of_vllm_are_kept_on_record(place: Place) -> None:
+    """Those of what runs, told again by a host that knows nothing else; and those of its next launch."""
+    serves = place.folder / "python"
+    serves.write_text("#!/bin/sh\nenv > env.part; mv env.part env; exec sleep 600\n")
+    serves.chmod(0o755)
+    entry = {"model": "a/b", "device": "cpu", "python": str(serves), "port": free_port()}
+    wanted = desired(f"{NO_GPU}engines: {json.dumps({'chat': entry})}")
+    [action] = place.run(wanted).done
+    eventually((place.folder / "env").exists)
+    assert f"VLLM_PORT={action.inner_ports.start}" in (place.folder / "env").read_text().splitlines()
+    place.another()
+    launch = place.until(wanted, life=Life.ALIVE)
+    assert launch.inner_ports == action.inner_ports
+    assert len(launch.inner_ports) == 8
+    assert launch.pid
+    os.kill(launch.pid, signal.SIGKILL)
+    [again] = eventually(lambda: [action for action in place.run(wanted).plan.actions if action.kind == "spawn"])
+    assert again.inner_ports == action.inner_ports
+
+
 def test_memory_is_given_to_whose_session_holds_it_and_strangers_are_named(place: Place) -> None:
     text = (
         "version: 1\nhost: {gpus: [{name: X, memory: 80GiB, count: 1}]}\n"

@@ -44,7 +44,9 @@ def wanted(low: int, high: int, *fixed: int, replicas: int = 1) -> Desired:
     engines = "".join(
         f"  e{port}: {{runtime: command, command: [x], port: {port}, replicas: {replicas}}}\n" for port in fixed
     )
-    return desired(f"version: 1\nhost: {{ports: {low}-{high}}}\nengines:{'' if engines else ' {}'}\n{engines}")
+    return desired(
+        f"version: 1\nhost: {{ports: {low}-{high}, inner_ports: 9-9}}\nengines:{'' if engines else ' {}'}\n{engines}"
+    )
 
 
 @pytest.mark.parametrize(
