@@ -103,7 +103,7 @@ async def settle(passes: Passes, desired: Desired, on_pass: Callable[[Pass], Non
     while True:
         result = passes.run(desired, tried)
         tried |= {action.replica for action in result.done if action.kind == "spawn"}
-        tried |= {action.replica for action, _ in result.failed if action.kind == "spawn"}
+        tried |= {action.replica for action, _ in result.failed if action.kind == "spawn"} - result.untried
         on_pass(result)
         if _settled(result, tried):
             return result

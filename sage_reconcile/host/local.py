@@ -23,7 +23,7 @@ from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Mo
 from sage_reconcile.core.plan import Action
 from sage_reconcile.core.resolve import secret_marks
 from sage_reconcile.core.spec import Desired, EngineSpec
-from sage_reconcile.errors import SpawnError, StateError
+from sage_reconcile.errors import PortTaken, SpawnError, StateError
 from sage_reconcile.host import logs, observe, ports, processes
 from sage_reconcile.host.gpus import NvmlInventory, simulated_inventory
 from sage_reconcile.host.links import LinkReader
@@ -56,6 +56,7 @@ class LocalHost:
         self._children: list[subprocess.Popen[bytes]] = []
         self._found: dict[str, Found] = {}
         self._logs: list[Path] = []
+        self._found_bound: set[int] = set()
         self._facts: dict[str, tuple[int, ModelFacts]] = {}
 
     @property
@@ -101,7 +102,8 @@ class LocalHost:
 
     def _ports(self, desired: Desired, launches: Iterable[Launch]) -> tuple[Port, ...]:
         ours = {port for launch in launches if launch.holds for port in launch.ports}
-        return ports.in_use(desired, ours)
+        self._found_bound = {port for port in self._found_bound if ports.is_bound(desired.host.bind, port)}
+        return ports.in_use(desired, ours, self._found_bound)
 
     def _gpus(self, desired: Desired) -> tuple[tuple[Gpu, ...], str]:
         declared = desired.host.gpus
@@ -219,6 +221,7 @@ class LocalHost:
         """Does what the action says, and nothing else.
 
         Raises:
+            PortTaken: another program has its port by now; nothing was done, and the next look tells of it.
             SpawnError: the process could not be started; its record is taken back.
             StateError: the intent could not be written; nothing was done.
         """
@@ -233,6 +236,11 @@ class LocalHost:
         name, _, index = action.replica.rpartition("/")
         engine = desired.engine(name)
         assert engine is not None, "check_plan lets no engine through that is not in the file"
+        try:
+            ports.check_free(action.replica, desired.host.bind, action.port)
+        except PortTaken:
+            self._found_bound.add(action.port)
+            raise
         launch_id, now = secrets.token_hex(4), self.now()
         log = self.state.log(name, int(index), now, launch_id)
         record = Record(
