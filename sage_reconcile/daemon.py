@@ -105,7 +105,7 @@ async def settle(
     while True:
         result = passes.run(desired, tried, allow_moves=allow_moves)
         tried |= {action.replica for action in result.done if action.kind == "spawn"}
-        tried |= {action.replica for action, _ in result.failed if action.kind == "spawn"}
+        tried |= {action.replica for action, _ in result.failed if action.kind == "spawn"} - result.untried
         on_pass(result)
         if _settled(result, tried):
             return result

@@ -7,6 +7,7 @@
     ├── LockHeld                another process is reconciling with this state folder
     ├── StateError              the state folder cannot be read or written
     ├── SpawnError              a process could not be started
+    │   └── PortTaken           … since another program has its port by now
     ├── UnsafePlan              a plan failed its independent check; nothing of it was carried out
     └── NotFound                an engine or replica of that name does not exist
 
@@ -73,6 +74,10 @@ class StateError(SageReconcileError):
 
 class SpawnError(SageReconcileError):
     """A process could not be started; the message names the program and the reason."""
+
+
+class PortTaken(SpawnError):
+    """A process was not started, since another program has its port; the message names both."""
 
 
 class UnsafePlan(SageReconcileError):

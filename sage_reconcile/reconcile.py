@@ -15,7 +15,7 @@ from sage_reconcile.core.observed import Observed
 from sage_reconcile.core.plan import Action, Plan
 from sage_reconcile.core.planner import make_plan
 from sage_reconcile.core.spec import Desired
-from sage_reconcile.errors import SpawnError, StateError, UnsafePlan
+from sage_reconcile.errors import PortTaken, SpawnError, StateError, UnsafePlan
 
 
 class Host(Protocol):
@@ -36,7 +36,10 @@ class Host(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What one pass saw, decided and did. ``failed`` are actions that could not be carried out, and why."""
+    """What one pass saw, decided and did. ``failed`` are actions that could not be carried out, and why.
+
+    ``untried`` are replicas among these for which the next pass decides anew, since their port is taken by now.
+    """
 
     desired: Desired
     observed: Observed
@@ -44,6 +47,7 @@ class Pass:
     now: float
     done: tuple[Action, ...] = ()
     failed: tuple[tuple[Action, str], ...] = ()
+    untried: frozenset[str] = frozenset()
 
 
 def look(host: Host, desired: Desired, *, tried: frozenset[str] | None = None, allow_moves: bool = False) -> Pass:
@@ -87,6 +91,7 @@ def run_pass(host: Host, desired: Desired, *, tried: frozenset[str] | None = Non
     seen = look(host, desired, tried=tried, allow_moves=allow_moves)
     done: list[Action] = []
     failed: list[tuple[Action, str]] = []
+    untried: set[str] = set()
     for action in seen.plan.actions:
         if not action.now:
             continue
@@ -94,8 +99,9 @@ def run_pass(host: Host, desired: Desired, *, tried: frozenset[str] | None = Non
             host.carry_out(action, desired)
         except (SpawnError, StateError) as error:
             failed.append((action, str(error)))
+            untried |= {action.replica} if isinstance(error, PortTaken) else set()
         else:
             done.append(action)
     for launch_id in seen.plan.forget:
         host.forget(launch_id)
-    return Pass(desired, seen.observed, seen.plan, seen.now, tuple(done), tuple(failed))
+    return Pass(desired, seen.observed, seen.plan, seen.now, tuple(done), tuple(failed), frozenset(untried))

@@ -13,7 +13,7 @@ from sage_reconcile.core.spec import Desired, Engine
 def check_plan(desired: Desired, observed: Observed, plan: Plan) -> list[str]:
     """Everything that is wrong with a plan; an empty list where it is safe and complete.
 
-    Safe: no GPU over its memory at any step, no two replicas on one port, no start before what it
+    Safe: no GPU over its memory at any step, no port given twice, no start before what it
     replaces has gone, nothing touched that is not proven ours. Complete: every replica that is wanted
     is kept, started or refused with a reason, exactly once.
     """
@@ -24,7 +24,7 @@ def check_plan(desired: Desired, observed: Observed, plan: Plan) -> list[str]:
         *_memory(desired, observed, plan),
         *_neighbours(desired, observed, plan),
         *_links(desired, observed, plan),
-        *_ports(observed, plan),
+        *_ports(desired, observed, plan),
         *_starts_after_stops(observed, plan),
     ]
 
@@ -217,23 +217,34 @@ def _engine_name(action: Action) -> str:
     return action.replica.rpartition("/")[0]
 
 
-def _ports(observed: Observed, plan: Plan) -> Iterator[str]:
+def _ports(desired: Desired, observed: Observed, plan: Plan) -> Iterator[str]:
     ended = {action.launch for action in plan.actions if action.kind != "spawn"}
+    spawns = [action for action in plan.actions if action.kind == "spawn"]
+    if not spawns:
+        return
     holding = [launch for launch in observed.launches if launch.life is not Life.EXITED]
     staying = [launch for launch in holding if launch.id not in ended and not _is_stopping(launch)]
-    ports = Counter(launch.port for launch in staying)
-    spawned = [action.port for action in plan.actions if action.kind == "spawn"]
-    ports.update(spawned)
+    ports = Counter(port for launch in staying for port in (launch.port, *launch.inner_ports))
+    spawned = {port for action in spawns for port in (action.port, *action.inner_ports)}
+    ports.update(port for action in spawns for port in (action.port, *action.inner_ports))
     for port, count in sorted(ports.items()):
         if count > 1 and port in spawned:
             yield f"port {port} would be used {count} times"
-    strangers = {port.number for port in observed.ports} - {launch.port for launch in holding}
-    for port in sorted(strangers & set(spawned)):
+    ours = {port for launch in holding for port in (launch.port, *launch.inner_ports)}
+    for port in sorted(({port.number for port in observed.ports} - ours) & spawned):
         yield f"port {port} is in use by something that is not ours"
+    low, high = (int(text) for text in desired.host.inner_ports.split("-"))
+    real = {engine.name for engine in desired.engines if engine.spec.runtime == "vllm"}
+    for action in spawns:
+        inner = list(action.inner_ports)
+        if bool(inner) != (_engine_name(action) in real):
+            yield f"{action.id} gets {len(inner)} inner ports, and vLLM alone takes some"
+        if inner and (inner != list(range(inner[0], inner[0] + len(inner))) or inner[0] < low or inner[-1] > high):
+            yield f"{action.id} gets inner ports that are not in a row or not in {low}-{high}"
 
 
 def _starts_after_stops(observed: Observed, plan: Plan) -> Iterator[str]:
-    """Whatever shares the replica, the port or a GPU with a start, and ends, must have ended before it.
+    """Whatever shares the replica, a port or a GPU with a start, and ends, must have ended before it.
 
     But for what it takes over from: that ends after it, and they share no more than the name.
     """
@@ -242,11 +253,11 @@ def _starts_after_stops(observed: Observed, plan: Plan) -> Iterator[str]:
     by_key: dict[object, list[Launch]] = {}
     for launch in observed.launches:
         if launch.life is not Life.EXITED and (launch.id in acting or _is_stopping(launch)):
-            for key in (launch.replica, launch.port, *launch.gpus):
+            for key in (launch.replica, launch.port, *launch.inner_ports, *launch.gpus):
                 by_key.setdefault(key, []).append(launch)
     for action in plan.actions:
         if action.kind == "spawn":
-            keys = (action.replica, action.port, *(gpu.uuid for gpu in action.gpus))
+            keys = (action.replica, action.port, *action.inner_ports, *(gpu.uuid for gpu in action.gpus))
             sharing = {launch.id: launch for key in keys for launch in by_key.get(key, ())}
             yield from _one_start(action, sharing.values(), acting, actions)
 
@@ -268,7 +279,8 @@ def _one_start(
 
 
 def _takes_over(action: Action, launch: Launch, ending: Action | None, actions: dict[str, Action]) -> Iterator[str]:
-    if launch.replica != action.replica or launch.port == action.port:
+    ports = {action.port, *action.inner_ports} & {launch.port, *launch.inner_ports}
+    if launch.replica != action.replica or ports:
         yield f"{action.id} takes over from {launch.id}, which is another replica or has the same port"
     if {gpu.uuid for gpu in action.gpus} & set(launch.gpus):
         yield f"{action.id} takes over from {launch.id} on a GPU of its own"

@@ -13,15 +13,30 @@ from sage_reconcile.core.spec import EngineSpec
 DRAIN_MARGIN_S = 5
 """vLLM is given this much less time to drain than we wait before SIGKILL, so that it ends by itself."""
 SCRUBBED = (
-    *("VLLM_PORT", "VLLM_HOST_IP", "HOST_IP"),
+    *("VLLM_PORT", "VLLM_DP_MASTER_PORT", "VLLM_HOST_IP", "HOST_IP"),
     *("SAGE_RECONCILE_FILE", "SAGE_RECONCILE_STATE_DIR", "STATE_DIRECTORY"),
     *("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID"),
 )
 """Inherited variables that would mislead an engine: vLLM takes VLLM_PORT for a base of its inner ports."""
+_GROUP_PORTS = ("master-port", "data-parallel-rpc-port")
+"""Flags with the ports at which data-parallel ranks meet, in the order of the block; vLLM 0.18 has both."""
+_FAR_RANKS = {
+    *("nnodes", "node-rank", "master-addr", "data-parallel-address", "data-parallel-size-local"),
+    *("data-parallel-rank", "data-parallel-start-rank"),
+}
+"""Flags of a group with ranks on other machines, which must agree on its ports: there we set none."""
 
 
 def command_line(
-    spec: EngineSpec, engine_name: str, *, python: str, bind: str, port: int, gpus: Sequence[Gpu], memory_mib: int
+    spec: EngineSpec,
+    engine_name: str,
+    *,
+    python: str,
+    bind: str,
+    port: int,
+    gpus: Sequence[Gpu],
+    memory_mib: int,
+    inner_ports: Sequence[int] = (),
 ) -> tuple[str, ...]:
     """The exact words with which a replica is started.
 
@@ -40,9 +55,41 @@ def command_line(
         share = min(utilization(spec, memory_mib, gpu) for gpu in gpus)
         words += ["--gpu-memory-utilization", f"{share:.6f}".rstrip("0").rstrip(".")]
     words += ["--shutdown-timeout", str(max(0, math.floor(spec.stop_timeout) - DRAIN_MARGIN_S))]
+    if inner_ports and spec.data_parallel_size > 1 and not _FAR_RANKS & spec.args.keys():
+        for flag, inner in zip(_GROUP_PORTS, inner_ports, strict=True):
+            words += () if flag in spec.args else (f"--{flag}", str(inner))
     for flag, value in spec.args.items():
         words += _flag(flag, value)
     return tuple(words)
+
+
+def inner_port_count(spec: EngineSpec) -> int:
+    """How many ports vLLM is given beside the one it listens on, for what its processes open between them.
+
+    Read in vLLM 0.32: ``utils/network_utils.py``, ``config/parallel.py``, ``v1/executor``, ``v1/engine/utils.py``.
+
+    One data-parallel rank: 8. From ``VLLM_PORT`` upwards it takes the first port that it can bind, and up to 0.31 it
+    does so once, for the workers' rendezvous (later ones meet in a file). A port is passed over for a minute after
+    its connections were closed (TIME_WAIT), so a few more starts in that minute find one too.
+
+    Several: 2, for ``--master-port`` and ``--data-parallel-rpc-port``. ``VLLM_PORT`` is not for them: every rank
+    would take the first free port from the same base, at the same moment (vllm#43206), and asking for a list of
+    ports went round for ever (vllm#36191).
+    """
+    if spec.runtime != "vllm":
+        return 0
+    return 8 if spec.data_parallel_size == 1 else len(_GROUP_PORTS)
+
+
+def inner_base(spec: EngineSpec, inner_ports: Sequence[int]) -> int | None:
+    """What ``VLLM_PORT`` shall be; None where it must not be set.
+
+    Connectors that hand the KV cache over may ask for several ports before they bind one (MoRI-IO does), and with
+    ``VLLM_PORT`` would be told the same one each time.
+    """
+    if not inner_ports or spec.data_parallel_size > 1 or any(x.startswith("kv-transfer-config") for x in spec.args):
+        return None
+    return inner_ports[0]
 
 
 def _flag(flag: str, value: object) -> Iterator[str]:
@@ -65,13 +112,18 @@ def _flag(flag: str, value: object) -> Iterator[str]:
             yield from (f"--{flag}", str(value))
 
 
-def environment(inherited: Mapping[str, str], overlay: Mapping[str, str], gpus: Sequence[Gpu]) -> dict[str, str]:
+def environment(
+    inherited: Mapping[str, str], overlay: Mapping[str, str], gpus: Sequence[Gpu], inner_base: int | None = None
+) -> dict[str, str]:
     """The environment of an engine: what is inherited, then its own, then what makes it see its GPUs only.
 
     GPUs are named by UUID, since NVML and CUDA may count them differently. ``SPT_NOENV`` keeps vLLM's
-    processes from overwriting the environment by which we recognise them.
+    processes from overwriting the environment by which we recognise them. ``inner_base`` is where vLLM looks for
+    inner ports, unless its ``env_file`` says otherwise.
     """
     result = {key: value for key, value in inherited.items() if key not in SCRUBBED} | dict(overlay)
+    if inner_base is not None:
+        result.setdefault("VLLM_PORT", str(inner_base))
     result["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     result["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.uuid for gpu in gpus)
     result["SPT_NOENV"] = "1"

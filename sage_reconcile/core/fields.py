@@ -41,7 +41,7 @@ OWN_ENV: Mapping[str, str] = {
     "CUDA_VISIBLE_DEVICES": "the field `gpus`",
     "NVIDIA_VISIBLE_DEVICES": "the field `gpus`",
     "CUDA_DEVICE_ORDER": "the field `gpus`, with UUIDs if the order matters",
-    "VLLM_PORT": "the field `port`",
+    "VLLM_PORT": "the field `port`, or `inner_ports` under `host:`",
     "SPT_NOENV": "nothing: it is how the processes of an engine are recognised",
 }
 """Environment variables that we set, and what to use in their place."""

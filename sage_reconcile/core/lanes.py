@@ -53,20 +53,18 @@ class Lanes:
         }
 
     def ends(self, action: Action, launch: Launch) -> None:
-        """From now on, what shares the replica, the port or a GPU with this launch comes after the action."""
+        """From now on, what shares the replica, a port or a GPU with this launch comes after the action."""
         for key in _keys(launch):
             self._ids[key].append(action.id)
 
-    def after(self, replica: str, port: int, gpus: Sequence[Gpu]) -> tuple[str, ...]:
-        """The ids of the actions that a start must come after."""
-        keys = (replica, port, *(gpu.uuid for gpu in gpus))
+    def after(self, keys: Sequence[object]) -> tuple[str, ...]:
+        """The ids of the actions that a start must come after; ``keys`` are its replica, ports and GPUs."""
         found = dict.fromkeys(action for key in keys for action in self._ids[key])
         found |= dict.fromkeys(self._last[str(key)] for key in keys if str(key) in self._last)
         return tuple(found)
 
-    def waits(self, replica: str, port: int, gpus: Sequence[Gpu], memory_mib: int) -> tuple[str, ...]:
+    def waits(self, keys: Sequence[object], gpus: Sequence[Gpu], memory_mib: int) -> tuple[str, ...]:
         """What else a start waits for, in words."""
-        keys = (replica, port, *(gpu.uuid for gpu in gpus))
         found = [text for key in keys for text in self._texts[key]]
         for gpu in gpus:
             late = self._lingering.get(gpu.uuid)
@@ -88,4 +86,4 @@ class Lanes:
 
 
 def _keys(launch: Launch) -> tuple[object, ...]:
-    return (launch.replica, launch.port, *launch.gpus)
+    return (launch.replica, *launch.ports, *launch.gpus)

@@ -133,7 +133,8 @@ class Launch:
     ``failures`` counts the failed launches in a row before this one; ``restarts`` how often the replica
     was started again since its entry last changed. ``predecessor`` is the id of the launch that it takes over
     from: that one ends when this one is ready. ``destination`` are the GPUs, by UUID, on which its replica was
-    to be started again when it was stopped.
+    to be started again when it was stopped. ``inner_ports`` are its own beside ``port``, for what vLLM opens
+    inside; none where it is not vLLM, or was started before there were any.
     """
 
     id: str
@@ -159,6 +160,7 @@ class Launch:
     stage: str = ""
     predecessor: str = ""
     destination: tuple[str, ...] = ()
+    inner_ports: range = range(0)
 
     @property
     def replica(self) -> str:
@@ -166,14 +168,19 @@ class Launch:
         return f"{self.engine_name}/{self.index}"
 
     @property
+    def ports(self) -> tuple[int, ...]:
+        """Every port that is its own: the one it listens on, then the inner ones."""
+        return (self.port, *self.inner_ports)
+
+    @property
     def holds(self) -> bool:
-        """Whether its GPUs, memory and port still count as taken."""
+        """Whether its GPUs, memory and ports still count as taken."""
         return self.life is not Life.EXITED
 
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A TCP port in use by a process that is not ours."""
+    """A TCP port that a process which is not ours listens on, or has bound."""
 
     number: int
     holder: str = ""

@@ -25,7 +25,7 @@ class Action:
     ``launch`` is the id of the launch it acts on; a spawn has none yet, but ``predecessor`` where it takes over
     from a launch that ends when this one is ready. ``goes_to`` is where what is stopped is started again, where
     that is settled already. ``blocked`` says why it is never done on this machine: it has its place, and nothing
-    waits for it.
+    waits for it. ``inner_ports`` are for what vLLM opens inside.
     """
 
     id: str
@@ -38,6 +38,7 @@ class Action:
     gpus: tuple[Gpu, ...] = ()
     memory_mib: int = 0
     port: int = 0
+    inner_ports: range = range(0)
     launch: str = ""
     stop_cause: StopCause | None = None
     changes: tuple[Change, ...] = ()

@@ -11,14 +11,14 @@ from sage_reconcile.core.making_room import MakingRoom, Room, as_move, in_order
 from sage_reconcile.core.observed import Launch, Life, Observed
 from sage_reconcile.core.placement import Placement, Refusal, Request, launch_gpus, place
 from sage_reconcile.core.plan import Action, Kept, Kind, Move, Plan, Proposal, Unplaced
-from sage_reconcile.core.ports import Ports
+from sage_reconcile.core.ports import Lease, Ports
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.core.standing import Standing, end
 
 _KINDS: tuple[Kind, ...] = ("reap", "kill", "stop", "spawn")
 _RETURNING = (StopCause.CHANGED, StopCause.MOVED)
 """Stops after which a replica comes back before any newcomer gets its memory."""
-_Results = dict[str, tuple[Placement, int] | Refusal]
+_Results = dict[str, tuple[Placement, Lease] | Refusal]
 
 
 def make_plan(
@@ -89,7 +89,7 @@ class _Planner:
         return self.standing.leaving | {launch.id for launch in gone}
 
     def _settle(self) -> tuple[list[Request], _Results, tuple[Proposal, ...]]:
-        """A place and a port for all that is missing.
+        """A place and ports for all that is missing.
 
         A replica whose new revision has no place keeps its old one, and so its memory; for one that has none
         at all others are moved or displaced where that is allowed, for one after another, each when all is done
@@ -171,14 +171,16 @@ class _Planner:
         elsewhere = {move.launch.replica for move in moves if move.start_first}
         ports = Ports(self.desired, self.observed, self._leaving)
         results: _Results = {}
-        for request in requests:
-            found = places[request.replica]
+        for request in sorted(requests, key=lambda r: (not r.returning, -r.engine.spec.priority)):
+            found, before = places[request.replica], self._last(request.replica)
             if isinstance(found, Refusal):
                 results[request.replica] = found
                 continue
-            before = None if request.replica in elsewhere else self._last(request.replica)
-            port = ports.lease(request.engine, request.index, before.port if before else None)
-            results[request.replica] = port if isinstance(port, Refusal) else (found, port)
+            first = request.replica in elsewhere
+            lease = ports.lease(request.engine, request.index, None if first else before)
+            if first and before and not isinstance(lease, Refusal) and set(lease.ports) & set(before.ports):
+                lease = Refusal("no other ports are free, and it cannot start elsewhere first with those that it has")
+            results[request.replica] = lease if isinstance(lease, Refusal) else (found, lease)
         return results
 
     def _last(self, replica: str) -> Launch | None:
@@ -189,7 +191,7 @@ class _Planner:
             return self.displaced[replica][0]
         return self.moving.get(replica) or self.standing.history.get(replica)
 
-    def _moves(self, results: Mapping[str, Placement | Refusal | tuple[Placement, int]]) -> list[Move]:
+    def _moves(self, results: Mapping[str, Placement | Refusal | tuple[Placement, Lease]]) -> list[Move]:
         found = []
         for replica, launch in self.moving.items():
             result = results[replica]
@@ -227,10 +229,11 @@ class _Planner:
     def _spawn(self, request: Request, results: _Results, lanes: Lanes, predecessor: str = "") -> Action:
         replica = request.replica
         result = results[replica]
-        assert isinstance(result, tuple), "what is spawned has a place and a port"
-        placement, port = result
+        assert isinstance(result, tuple), "what is spawned has a place and ports"
+        placement, lease = result
+        keys = (replica, *lease.ports, *(gpu.uuid for gpu in placement.gpus))
         cause, not_before, restarts, failed_before = self._history(request)
-        waiting = lanes.waits(replica, port, placement.gpus, placement.memory_mib)
+        waiting = lanes.waits(keys, placement.gpus, placement.memory_mib)
         if self.stranded and not request.returning:
             waiting = (*waiting, f"{', '.join(self.stranded)} to have a place again")
         if not_before is not None:
@@ -243,12 +246,13 @@ class _Planner:
             kind="spawn",
             replica=replica,
             cause=cause,
-            after=lanes.after(replica, port, placement.gpus),
+            after=lanes.after(keys),
             waits_for=", ".join(waiting),
             not_before=not_before,
             gpus=placement.gpus,
             memory_mib=placement.memory_mib,
-            port=port,
+            port=lease.port,
+            inner_ports=lease.inner_ports,
             restarts=restarts,
             failures=failed_before,
             predecessor=predecessor,
@@ -280,5 +284,5 @@ class _Planner:
         return f"it failed ({how})", when if when > self.now else None, last.restarts + 1, failures(last)
 
 
-def _refused(result: Placement | Refusal | tuple[Placement, int]) -> bool:
+def _refused(result: Placement | Refusal | tuple[Placement, Lease]) -> bool:
     return isinstance(result, Refusal)

@@ -22,10 +22,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "version": VERSION,
         "in_sync": plan.in_sync,
         "actions": [_action(action) for action in plan.actions],
-        "unchanged": [
-            {"replica": kept.launch.replica, **_place(kept.gpus, kept.launch.memory_mib, kept.launch.port)}
-            for kept in plan.kept
-        ],
+        "unchanged": [{"replica": kept.launch.replica, **_place(kept.gpus, kept.launch)} for kept in plan.kept],
         "unplaced": [
             {"replica": item.replica, "reason": item.reason, "runs_on": item.runs_on} for item in plan.unplaced
         ],
@@ -75,12 +72,18 @@ def _action(action: Action) -> dict[str, Any]:
         "start_first": bool(action.predecessor),
         "blocked": action.blocked,
         "changes": [{"field": change.field, "old": change.old, "new": change.new} for change in action.changes],
-        **_place(action.gpus, action.memory_mib, action.port),
+        **_place(action.gpus, action),
     }
 
 
-def _place(gpus: Sequence[Gpu], memory_mib: int, port: int) -> dict[str, Any]:
-    return {"gpus": [_gpu_ref(gpu) for gpu in gpus], "memory_mib": memory_mib, "port": port}
+def _place(gpus: Sequence[Gpu], has: Action | Launch) -> dict[str, Any]:
+    inner = {"first": has.inner_ports.start, "count": len(has.inner_ports)} if has.inner_ports else None
+    return {
+        "gpus": [_gpu_ref(gpu) for gpu in gpus],
+        "memory_mib": has.memory_mib,
+        "port": has.port,
+        "inner_ports": inner,
+    }
 
 
 def _gpu_ref(gpu: Gpu) -> dict[str, Any]:

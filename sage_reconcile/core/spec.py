@@ -86,6 +86,9 @@ class HostSpec(_Strict):
         default=(), description="GPUs (index or UUID) on which nothing new is started."
     )
     ports: PortRange = Field(default="8000-8999", description="Where `port: auto` takes its ports from.")
+    inner_ports: PortRange = Field(
+        default="20000-29999", description="Where vLLM's own ports come from, those between its processes."
+    )
     bind: Text = Field(default="127.0.0.1", description="The address engines listen on.")
     concurrent_starts: WholeNumber = Field(default=8, ge=1, le=10000, description="How many start at one time.")
 
@@ -93,6 +96,18 @@ class HostSpec(_Strict):
     def declared(self) -> tuple[Declared, ...]:
         """The GPUs that exist only by declaration; none where those of the machine are meant."""
         return tuple(gpu.declared for gpu in self.gpus if not isinstance(gpu, str))
+
+    @model_validator(mode="after")
+    def _ranges_are_apart(self) -> HostSpec:
+        """Only where both were chosen: the default gives way (blocks keep clear of ``ports``)."""
+        (low, high), (inner_low, inner_high) = (map(int, text.split("-")) for text in (self.ports, self.inner_ports))
+        if "inner_ports" in self.model_fields_set and inner_low <= high and low <= inner_high:
+            raise fault(
+                f"{self.inner_ports} overlaps `ports` ({self.ports}), where engines listen",
+                "choose a range apart from it",
+                field="inner_ports",
+            )
+        return self
 
 
 class EngineSpec(_Strict):

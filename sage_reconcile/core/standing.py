@@ -177,6 +177,7 @@ def end(
         goes_to=goes_to,
         memory_mib=launch.memory_mib,
         port=launch.port,
+        inner_ports=launch.inner_ports,
     )
 
 

@@ -15,13 +15,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sage_reconcile.core import startup_log
-from sage_reconcile.core.command import command_line, environment
+from sage_reconcile.core.command import command_line, environment, inner_base
 from sage_reconcile.core.declared import declared_gpus, declared_links
-from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Links, Observed
+from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Links, Observed, Port
 from sage_reconcile.core.plan import Action
 from sage_reconcile.core.resolve import secret_marks
 from sage_reconcile.core.spec import Desired, EngineSpec
-from sage_reconcile.errors import SpawnError, StateError
+from sage_reconcile.errors import PortTaken, SpawnError, StateError
 from sage_reconcile.host import logs, observe, ports, processes
 from sage_reconcile.host.gpus import NvmlInventory
 from sage_reconcile.host.links import LinkReader
@@ -55,6 +55,7 @@ class LocalHost:
         self._children: list[subprocess.Popen[bytes]] = []
         self._found: dict[str, Found] = {}
         self._logs: list[Path] = []
+        self._found_bound: set[int] = set()
         self._models = ModelReader(folder)
 
     @property
@@ -91,12 +92,17 @@ class LocalHost:
         return Observed(
             gpus=tuple(self._owned(gpu, records) for gpu in gpus),
             launches=tuple(launches),
-            ports=ports.in_use(desired, {record.port for record in records if not record.ended}),
+            ports=self._ports(desired, launches),
             models=self._models.read(desired),
             gpu_note=note,
             links=links,
             problems=tuple(problems),
         )
+
+    def _ports(self, desired: Desired, launches: Iterable[Launch]) -> tuple[Port, ...]:
+        ours = {port for launch in launches if launch.holds for port in launch.ports}
+        self._found_bound = {port for port in self._found_bound if ports.is_bound(desired.host.bind, port)}
+        return ports.in_use(desired, ours, self._found_bound)
 
     def _gpus(self, desired: Desired) -> tuple[tuple[Gpu, ...], Links, str]:
         if desired.host.gpus == "none":
@@ -167,6 +173,7 @@ class LocalHost:
             predecessor=record.predecessor,
             destination=tuple(record.destination),
             stage=startup_log.stage(logs.tail(Path(record.log_path), 40)) if starting else "",
+            inner_ports=range(record.inner_port, record.inner_port + record.inner_count),
         )
 
     def _note(self, record: Record, found: Found, ready: bool, now: float) -> None:
@@ -200,6 +207,7 @@ class LocalHost:
         """Does what the action says, and nothing else.
 
         Raises:
+            PortTaken: another program has its port by now; nothing was done, and the next look tells of it.
             SpawnError: the process could not be started; its record is taken back.
             StateError: the intent could not be written; nothing was done.
         """
@@ -214,6 +222,11 @@ class LocalHost:
         name, _, index = action.replica.rpartition("/")
         engine = desired.engine(name)
         assert engine is not None, "check_plan lets no engine through that is not in the file"
+        try:
+            ports.check_free(action.replica, desired.host.bind, action.port)
+        except PortTaken:
+            self._found_bound.add(action.port)
+            raise
         launch_id, now = secrets.token_hex(4), self.now()
         log = self.state.log(name, int(index), now, launch_id)
         record = Record(
@@ -232,6 +245,8 @@ class LocalHost:
             failures=action.failures,
             log_path=str(log),
             predecessor=action.predecessor,
+            inner_port=action.inner_ports.start,
+            inner_count=len(action.inner_ports),
         )
         argv = command_line(
             engine.spec,
@@ -241,6 +256,7 @@ class LocalHost:
             port=action.port,
             gpus=action.gpus,
             memory_mib=action.memory_mib,
+            inner_ports=action.inner_ports,
         )
         self.records.save(record)
         try:
@@ -262,7 +278,7 @@ class LocalHost:
     def _environment(
         self, spec: EngineSpec, overlay: Mapping[str, str], action: Action, launch_id: str, desired: Desired
     ) -> dict[str, str]:
-        environ = environment(self.environ, overlay, action.gpus)
+        environ = environment(self.environ, overlay, action.gpus, inner_base(spec, action.inner_ports))
         environ[processes.LAUNCH_VARIABLE] = launch_id
         environ["SAGE_RECONCILE_REPLICA"] = action.replica
         environ["PYTHONSAFEPATH"] = "1"  # a folder called vllm beside engines.yaml must not shadow the package

@@ -27,7 +27,7 @@ class Record:
     """What is known of one launch. Times are seconds since the epoch; see ``core.observed.Launch``.
 
     ``leader`` is ``[pid, start ticks, pidfd inode]``; ``members`` are the other processes of the session
-    seen when it got ready, in the same form.
+    seen when it got ready, in the same form. ``inner_count`` ports from ``inner_port`` on are its inner ones.
     """
 
     id: str
@@ -55,12 +55,15 @@ class Record:
     log_path: str = ""
     predecessor: str = ""
     destination: list[str] = field(default_factory=list)
+    inner_port: int = 0
+    inner_count: int = 0
 
 
 _REQUIRED = {"id", "engine_name", "index", "spec", "gpus", "memory_mib", "port"}
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("id", "engine_name", "bind", "boot_id", "stop_cause", "log_path", "predecessor"), (str,)),
     **dict.fromkeys(("index", "memory_mib", "port", "version", "restarts", "failures"), (int,)),
+    **dict.fromkeys(("inner_port", "inner_count"), (int,)),
     **dict.fromkeys(("spec", "secret_marks"), (dict,)),
     **dict.fromkeys(("gpus", "leader", "members", "destination"), (list,)),
     **dict.fromkeys(("ready_at", "stopping_since", "ended_at"), (int, float, type(None))),
@@ -168,6 +171,8 @@ def _fits(name: str, value: object) -> bool:
     kinds = _KINDS[name]
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         return False
+    if name in ("inner_port", "inner_count"):
+        return isinstance(value, int) and 0 <= value <= 65535
     if name == "gpus":
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if name == "leader":

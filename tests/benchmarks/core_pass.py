@@ -32,7 +32,15 @@ def _times(count: int, rounds: int) -> list[float]:
         lines += [f"  engine-{number}:", f"    model: org/model-{number}", "    memory: 1GiB"]
         lines += ["    args: {max-model-len: 8192}", "    env: {HF_HOME: /data/hf}"]
     wanted = desired("\n".join(lines))
-    launches = [{"run": f"engine-{number}/0", "gpu": number % _GPUS, "port": 8000 + number} for number in range(count)]
+    launches = [
+        {
+            "run": f"engine-{number}/0",
+            "gpu": number % _GPUS,
+            "port": 8000 + number,
+            "inner": f"{20000 + 8 * number}-{20007 + 8 * number}",
+        }
+        for number in range(count)
+    ]
     seen = world({"gpus": [f"H200-141GB {141}GiB"] * _GPUS, "launches": launches}, wanted, NOW)
     times = []
     gc.collect()

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sage_reconcile.core.check import check_plan
-from sage_reconcile.core.observed import GpuProcess, Life, Link, Observed
+from sage_reconcile.core.observed import GpuProcess, Life, Link, Observed, Port
 from sage_reconcile.core.plan import Action, Plan, Unplaced
 from sage_reconcile.core.planner import make_plan
 from sage_reconcile.core.spec import Desired
@@ -302,6 +302,46 @@ def test_ports(plan: Plan, wanted: Desired, machine: Observed) -> None:
     ]
 
 
+def test_inner_ports(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    mine, other = action(plan, "spawn fresh/0").inner_ports, action(plan, "spawn pair/0").inner_ports
+    assert len(mine) == len(other) == 8
+    crossing = range(other.stop - 1, other.stop + 7)
+    told = f"port {other.stop - 1} would be used 2 times"
+    assert told in check_plan(wanted, machine, having(plan, "spawn fresh/0", inner_ports=crossing))
+    moved = having(plan, "spawn fresh/0", inner_ports=range(29000, 29008))
+    assert check_plan(wanted, machine, moved) == []
+    launches = tuple(
+        replace(item, inner_ports=range(29004, 29012)) if item.id == "keep" else item for item in machine.launches
+    )
+    assert check_plan(wanted, replace(machine, launches=launches), moved) == [
+        f"port {port} would be used 2 times" for port in range(29004, 29008)
+    ]
+    used = replace(machine, ports=(*machine.ports, Port(29007)))
+    assert check_plan(wanted, used, moved) == ["port 29007 is in use by something that is not ours"]
+    launches = tuple(
+        replace(item, inner_ports=range(29007, 29008)) if item.id == "gone" else item for item in machine.launches
+    )
+    assert check_plan(wanted, replace(used, launches=launches), moved) == [
+        "spawn fresh/0 does not come after stop gone/0 gone"
+    ], "what listens there goes with the one that ends"
+    listening = having(plan, "spawn pair/0", port=29003)
+    listening = having(listening, "spawn fresh/0", inner_ports=range(29000, 29008))
+    assert check_plan(wanted, machine, listening) == ["port 29003 would be used 2 times"]
+
+
+def test_inner_ports_that_are_none_or_elsewhere(plan: Plan, wanted: Desired, machine: Observed) -> None:
+    for inner, told in (
+        (range(0), "gets 0 inner ports, and vLLM alone takes some"),
+        (range(19999, 20007), "gets inner ports that are not in a row or not in 20000-29999"),
+        (range(29993, 30001), "gets inner ports that are not in a row or not in 20000-29999"),
+        (range(29000, 29016, 2), "gets inner ports that are not in a row or not in 20000-29999"),
+    ):
+        moved = having(plan, "spawn fresh/0", inner_ports=inner)
+        assert check_plan(wanted, machine, moved)[-1] == f"spawn fresh/0 {told}"
+    simulated = crossed(wanted, "fresh: {model: f, memory: 50GiB, runtime: simulator}")
+    assert check_plan(simulated, machine, plan) == ["spawn fresh/0 gets 8 inner ports, and vLLM alone takes some"]
+
+
 def test_a_start_before_what_it_replaces_has_gone(plan: Plan, wanted: Desired, machine: Observed) -> None:
     told = check_plan(wanted, machine, having(plan, "spawn change/0", after=()))
     assert "spawn change/0 does not come after stop change/0 change" in told
@@ -394,6 +434,7 @@ def test_two_replicas_of_an_engine_that_is_spread(plan: Plan, wanted: Desired, m
     """One that stays, and one that starts."""
     spread = crossed(wanted, "keep: {model: k, memory: 20GiB, replicas: 2, spread: gpu}")
     second = replace(action(plan, "spawn fresh/0"), id="spawn keep/1", replica="keep/1", port=8050, memory_mib=1)
+    second = replace(second, inner_ports=range(29000, 29008))
     for index, told in ((0, ["spawn keep/1 is placed on a GPU of keep/0"]), (4, [])):
         placed = replace(second, gpus=(machine.gpus[index],), after=())
         found = check_plan(spread, machine, replace(plan, actions=(*plan.actions, placed)))

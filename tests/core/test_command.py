@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sage_reconcile.core.command import command_line, environment
+from sage_reconcile.core.command import command_line, environment, inner_base, inner_port_count
 from sage_reconcile.core.observed import Gpu
 from sage_reconcile.core.spec import EngineSpec
 
@@ -15,11 +15,24 @@ CARD = Gpu("GPU-a", 0, "H100", "0000:01", 80 * 1024)
 OTHER = replace(CARD, uuid="GPU-b", index=1)
 
 
-def words(gpus: tuple[Gpu, ...] = (), memory_mib: int = 0, **fields: Any) -> list[str]:
-    spec = EngineSpec(**{"model": "org/m", "served_model_name": "chat", **fields})
+def entry(**fields: Any) -> EngineSpec:
+    return EngineSpec(**{"model": "org/m", "served_model_name": "chat", **fields})
+
+
+def words(gpus: tuple[Gpu, ...] = (), memory_mib: int = 0, inner_ports: range = range(0), **fields: Any) -> list[str]:
+    spec = entry(**fields)
     python = "/opt/python"
     return list(
-        command_line(spec, "chat", python=python, bind="127.0.0.1", port=8000, gpus=gpus, memory_mib=memory_mib)
+        command_line(
+            spec,
+            "chat",
+            python=python,
+            bind="127.0.0.1",
+            port=8000,
+            gpus=gpus,
+            memory_mib=memory_mib,
+            inner_ports=inner_ports,
+        )
     )
 
 
@@ -87,3 +100,68 @@ def test_an_engine_sees_its_gpus_by_uuid_and_nothing_that_would_mislead_it() -> 
         "SPT_NOENV": "1",
     }
     assert environment(inherited, {}, ())["CUDA_VISIBLE_DEVICES"] == "", "an engine on the CPU sees no GPU"
+
+
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [
+        ({}, 8),
+        ({"tensor_parallel_size": 8}, 8),
+        ({"data_parallel_size": 4}, 2),
+        ({"runtime": "simulator"}, 0),
+        ({"runtime": "command", "command": "x"}, 0),
+    ],
+)
+def test_how_many_inner_ports_an_engine_takes(fields: dict[str, Any], count: int) -> None:
+    assert inner_port_count(entry(**fields)) == count
+
+
+@pytest.mark.parametrize(
+    ("fields", "base"),
+    [
+        ({}, 20008),
+        ({"tensor_parallel_size": 8}, 20008),
+        ({"data_parallel_size": 2}, None),
+        ({"args": {"kv-transfer-config": {"kv_connector": "MoRIIOConnector"}}}, None),
+        ({"args": {"kv-transfer-config.kv_connector": "NixlConnector"}}, None),
+    ],
+)
+def test_vllm_looks_for_inner_ports_in_its_block(fields: dict[str, Any], base: int | None) -> None:
+    """Not where several processes, or several calls, would be told the same port."""
+    assert inner_base(entry(**fields), range(20008, 20016)) == base
+    assert inner_base(entry(**fields), range(0)) is None
+    assert environment({"VLLM_PORT": "1"}, {}, (), base).get("VLLM_PORT") == (str(base) if base else None)
+
+
+def test_the_base_of_an_env_file_stands_and_an_inherited_one_does_not() -> None:
+    inherited = {"VLLM_PORT": "1", "VLLM_DP_MASTER_PORT": "2"}
+    assert environment(inherited, {"VLLM_PORT": "3"}, (), 20000)["VLLM_PORT"] == "3"
+    assert environment(inherited, {}, (), 20000)["VLLM_PORT"] == "20000"
+    assert "VLLM_DP_MASTER_PORT" not in environment(inherited, {}, (), 20000)
+    assert environment({}, {"VLLM_DP_MASTER_PORT": "4"}, ())["VLLM_DP_MASTER_PORT"] == "4"
+
+
+MEET = ["--master-port", "20000", "--data-parallel-rpc-port", "20001"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, []),
+        ({"data_parallel_size": 2}, MEET),
+        ({"data_parallel_size": 2, "args": {"data-parallel-backend": "mp"}}, [*MEET, "--data-parallel-backend", "mp"]),
+        (
+            {"data_parallel_size": 2, "args": {"master-port": 5}},
+            ["--data-parallel-rpc-port", "20001", "--master-port", "5"],
+        ),
+        (
+            {"data_parallel_size": 2, "args": {"data-parallel-address": "10.0.0.1"}},
+            ["--data-parallel-address", "10.0.0.1"],
+        ),
+        ({"data_parallel_size": 2, "args": {"nnodes": 2}}, ["--nnodes", "2"]),
+    ],
+)
+def test_where_ranks_meet_is_leased_too(fields: dict[str, Any], expected: list[str]) -> None:
+    """Unless the entry says it, or has ranks on other machines, which have to know the port."""
+    found = words(device="cpu", inner_ports=range(20000, 20002), **fields)
+    assert found[found.index("--shutdown-timeout") + 2 :] == expected

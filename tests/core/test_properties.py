@@ -48,6 +48,7 @@ def entries(draw: st.DrawFn) -> str:
         "replicas": one_of("0", "1", "2", "3"),
         "tensor_parallel_size": one_of("2", "4"),
         "priority": one_of("-1", "5"),
+        "data_parallel_size": st.just("2"),
         "args": one_of("{seed: 1}", "{seed: 2}"),
         "env": one_of("{TOKEN: one}", "{TOKEN: two}"),
         "runtime": st.just("simulator"),
@@ -63,7 +64,7 @@ def entries(draw: st.DrawFn) -> str:
     text = ", ".join(fields)
     if draw(st.integers(0, 9)) == 0 and "%" not in text:
         text += ", device: cpu"
-    elif draw(st.integers(0, 5)) == 0 and "tensor_parallel" not in text:
+    elif draw(st.integers(0, 5)) == 0 and "_parallel" not in text:
         text += f", gpus: [{draw(one_of('0', '1', '0, 1', 'GPU-2', '7'))}]"
     return text
 
@@ -75,7 +76,7 @@ def files(draw: st.DrawFn) -> str:
     for number, name in enumerate(names):
         fixed = f", port: {8000 + 4 * number}" if draw(st.integers(0, 4)) == 0 else ""
         lines.append(f"  {name}: {{{draw(entries())}{fixed}}}")
-    host = draw(one_of("{}", "{headroom: 1GiB}", "{exclude: [0]}", "{ports: 8000-8005}"))
+    host = draw(one_of("{}", "{headroom: 1GiB}", "{exclude: [0]}", "{ports: 8000-8005}", "{inner_ports: 20000-20029}"))
     engines = "\n" + "\n".join(lines) if lines else " {}"
     return f"version: 1\nhost: {host}\nengines:{engines}\n"
 
@@ -93,6 +94,11 @@ def gpus(draw: st.DrawFn, index: int, simulated: bool) -> Gpu:
         problem=draw(st.sampled_from(["", "", "", "", "Xid 79"])),
         simulated=simulated,
     )
+
+
+inner_blocks = st.builds(
+    lambda first, count: range(first, first + count), st.integers(19995, 20030), st.sampled_from([0, 2, 8, 8, 8])
+)
 
 
 @st.composite
@@ -126,6 +132,7 @@ def launches(draw: st.DrawFn, number: int, ran: Desired, box: list[Gpu]) -> Laun
         if left
         else None,
         failures=draw(st.integers(0, 4)),
+        inner_ports=draw(inner_blocks),
     )
 
 
@@ -171,6 +178,7 @@ def worlds(draw: st.DrawFn, busy: bool = True) -> World:
         found = [draw(launches(number, ran, box)) for number in range(draw(st.integers(0, 6)))]
     box = [draw(processes(gpu, found)) for gpu in box]
     ports = draw(st.lists(st.integers(8000, 8006), unique=True, max_size=2))
+    ports += draw(st.lists(st.integers(20000, 20029), unique=True, max_size=2))
     links = {} if draw(st.booleans()) else draw(linked(box))
     observed = Observed(tuple(box), tuple(found), tuple(Port(port, "nginx") for port in ports), links=links)
     return World(ran_text, text, read_once(text), observed)
@@ -293,6 +301,7 @@ def applied(world: World, plan: Plan, at: float) -> Observed:
                     gpus=tuple(gpu.uuid for gpu in action.gpus),
                     memory_mib=action.memory_mib,
                     port=action.port,
+                    inner_ports=action.inner_ports,
                     bind=world.desired.host.bind,
                     life=Life.ALIVE,
                     created_at=at,
@@ -337,3 +346,23 @@ def test_a_plan_that_was_carried_out_leaves_exactly_what_is_wanted_and_nothing_t
     assert not second.actions, plan_text(second, NOW + 2000)
     assert {item.replica for item in second.unplaced} == refused
     assert not second.waiting
+
+
+@many
+@given(worlds())
+def test_no_port_is_ever_given_twice(world: World) -> None:
+    """Nor one that a stranger has, nor one that something of ours still has which stays or may."""
+    plan = make_plan(world.desired, world.observed, NOW)
+    ending = {action.launch for action in plan.actions if action.kind != "spawn"}
+    ending |= {launch.id for launch in world.observed.launches if launch.life is Life.ALIVE and launch.stopping_since}
+    holding = [launch for launch in world.observed.launches if launch.life is not Life.EXITED]
+    taken = {port for launch in holding if launch.id not in ending for port in (launch.port, *launch.inner_ports)}
+    taken |= {port.number for port in world.observed.ports} - {
+        port for launch in holding for port in (launch.port, *launch.inner_ports)
+    }
+    for action in plan.actions:
+        if action.kind == "spawn":
+            given_now = {action.port, *action.inner_ports}
+            assert len(given_now) == 1 + len(action.inner_ports)
+            assert not given_now & taken, action.id
+            taken |= given_now

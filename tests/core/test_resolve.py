@@ -137,7 +137,10 @@ def test_a_plain_file_gives_its_engines_in_order_with_every_default() -> None:
         ),
         (
             "model: m\nenv: {VLLM_PORT: 1}",
-            ("f:5:11: engines.chat.env.VLLM_PORT: `VLLM_PORT` is set by sage-reconcile; use the field `port`"),
+            (
+                "f:5:11: engines.chat.env.VLLM_PORT: `VLLM_PORT` is set by sage-reconcile; "
+                "use the field `port`, or `inner_ports` under `host:`"
+            ),
         ),
         (
             "model: m\ncommand: serve",
@@ -270,6 +273,13 @@ def test_a_fault_of_an_engine_names_its_place_and_the_remedy(text: str, expected
         (
             "version: 1\nhost: {ports: 9-1}\nengines: {}\n",
             ("f:2:15: host.ports: 9-1 is not a range of ports; write two numbers from 1 to 65535, the lower one first"),
+        ),
+        (
+            "version: 1\nhost: {ports: 8000-8999, inner_ports: 8999-9100}\nengines: {}\n",
+            (
+                "f:2:39: host.inner_ports: 8999-9100 overlaps `ports` (8000-8999), where engines listen; "
+                "choose a range apart from it"
+            ),
         ),
         (
             "version: 1\nengines:\n  a: {model: m, port: 8000, replicas: 2}\n  b: {model: m, port: 8001}\n",

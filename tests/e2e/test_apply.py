@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -158,6 +159,25 @@ def test_secrets_are_nowhere_to_be_seen_but_reach_the_engine(box: Box) -> None:
     text = box.run("diff", expect=2, TOKEN="env-another")
     assert "env.TOKEN: (hidden) -> (hidden), another value" in text
     assert "another\n" not in text
+
+
+def test_a_port_that_a_stranger_has_bound_and_does_not_listen_on_is_passed_over(box: Box) -> None:
+    """As another vLLM does while it loads: both could bind it, and the second would fail minutes later."""
+    low = int(box.ports.split("-")[0])
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", low))
+        box.write(f"chat: {{{SIMULATED}}}")
+        box.run("apply", "--yes")
+        assert box.replicas()["chat/0"]["port"] == low + 1
+        box.write(f"chat: {{{SIMULATED}}}\nfixed: {{{SIMULATED}, port: {low}}}")
+        text = box.run("apply", "--yes", expect=None)
+        assert f"port {low} " in text
+        assert "taken by" in text
+        assert set(box.ready()) == {"chat/0"}
+    box.run("apply", "--yes")
+    assert box.replicas()["fixed/0"]["port"] == low
+    assert set(box.ready()) == {"chat/0", "fixed/0"}
 
 
 def test_a_stranger_on_the_port_is_passed_over_and_named(box: Box) -> None:

@@ -160,10 +160,13 @@ def test_vllm_is_started_as_planned(box: Box, gpus: Gpus) -> None:
     ]
     assert one["environ"]["CUDA_VISIBLE_DEVICES"] == rows["one/0"]["gpus"][0]["uuid"]
     assert two["environ"]["CUDA_VISIBLE_DEVICES"] == ",".join(UUIDS)
-    for environ in (one["environ"], two["environ"]):
+    blocks = {record["engine_name"]: (record["inner_port"], record["inner_count"]) for record in box.records()}
+    assert blocks["one"][1] == blocks["two"][1] == 8
+    assert abs(blocks["one"][0] - blocks["two"][0]) >= 8
+    for name, environ in (("one", one["environ"]), ("two", two["environ"])):
         assert environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
         assert environ["SPT_NOENV"] == "1"
-        assert "VLLM_PORT" not in environ
+        assert environ["VLLM_PORT"] == str(blocks[name][0])
     assert one["environ"]["MINE"] == "1"
     assert box.json("diff")["in_sync"]
 

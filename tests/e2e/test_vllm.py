@@ -42,6 +42,16 @@ def complete(port: int, key: str = "none") -> str:
     return answer.choices[0].finish_reason
 
 
+def block(box: Box) -> tuple[int, int]:
+    """The inner ports that the engine which runs was given: the first, and how many."""
+    [found] = {(record["inner_port"], record["inner_count"]) for record in box.records() if not record["ended"]}
+    return found
+
+
+def environ(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/environ").read_text(encoding="utf-8").split("\0")
+
+
 def test_a_real_engine_lives_changes_heals_and_leaves_nothing(box: Box, python: Path) -> None:
     """Apply until ready, a chat completion, a changed flag, kill -9 of the server, removal."""
     model = vllm_cpu.tiny_model(box.folder / "model")
@@ -53,6 +63,8 @@ def test_a_real_engine_lives_changes_heals_and_leaves_nothing(box: Box, python: 
     comms = set(box.processes().values())
     assert {"VLLM::EngineCor", "VLLM::Worker"} <= comms, comms
     assert box.json("diff")["in_sync"]
+    first_block = block(box)
+    assert f"VLLM_PORT={first_block[0]}" in environ(row["pid"])
 
     box.write(entry(python, model, ", max-num-seqs: 8"), host="gpus: none")
     first = set(box.processes())
@@ -60,6 +72,8 @@ def test_a_real_engine_lives_changes_heals_and_leaves_nothing(box: Box, python: 
     changed = box.replicas()["tiny/0"]
     assert changed["pid"] != row["pid"]
     assert changed["port"] == row["port"]
+    assert block(box) == first_block
+    assert f"VLLM_PORT={first_block[0]}" in environ(changed["pid"])
     assert not first & set(box.processes())
     assert "--max-num-seqs" in Path(f"/proc/{changed['pid']}/cmdline").read_text(encoding="utf-8").split("\0")
 

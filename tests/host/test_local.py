@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +22,8 @@ from sage_reconcile.core.lifecycle import StopCause
 from sage_reconcile.core.observed import Launch, Life, Observed
 from sage_reconcile.core.plan import Action
 from sage_reconcile.core.spec import Desired
-from sage_reconcile.host import processes
+from sage_reconcile.daemon import Passes, settle
+from sage_reconcile.host import ports, processes
 from sage_reconcile.host.local import LocalHost
 from sage_reconcile.host.probes import Prober
 from sage_reconcile.host.processes import LAUNCH_VARIABLE
@@ -376,6 +380,99 @@ def test_the_environment_of_an_engine(tmp_path: Path) -> None:
         assert private.stat().st_mode & 0o777 == 0o700
     finally:
         place.clean()
+
+
+@contextmanager
+def silent_holder(port: int = 0) -> Iterator[int]:
+    """A port that is bound, so that it can be bound by others too, and that nobody listens on."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", port))
+        yield holder.getsockname()[1]
+
+
+def auto_port(low: int) -> Desired:
+    """An engine that takes the first of two ports."""
+    host = f"{{gpus: none, ports: {low}-{low + 1}, inner_ports: 9-9}}"
+    entry = {"runtime": "command", "device": "cpu", "command": ["sleep", "600"]}
+    return desired(f"version: 1\nhost: {host}\nengines: {json.dumps({'chat': entry})}")
+
+
+def test_a_port_taken_since_the_look_is_passed_over_by_the_next_one(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the kernel does not tell of it, and for as long as it is taken."""
+    monkeypatch.setattr(ports, "_BOUND", ports._LISTEN)
+    with silent_holder() as port:
+        wanted = auto_port(port)
+        first = place.run(wanted)
+        assert [reason for _, reason in first.failed] == [
+            (
+                f"cannot start chat/0: port {port} has been taken by another program meanwhile; end that program or "
+                "choose another port (`port: auto` takes another one by itself)"
+            )
+        ]
+        assert first.untried == {"chat/0"}
+        assert not place.records()
+        assert not (place.state.path / "logs/chat.0").exists()
+        assert [port.number for port in place.host.observe(wanted).ports] == [port]
+        assert port in [found.number for found in place.host.observe(sleeping(port=port)).ports]
+    assert place.host.observe(wanted).ports == (), "it is free again"
+    with silent_holder(port):
+        assert place.run(wanted).untried == {"chat/0"}
+        second = place.run(wanted)
+        assert [(action.kind, action.port) for action in second.done] == [("spawn", port + 1)]
+        assert not second.untried
+
+
+def test_what_is_asked_for_once_is_tried_on_another_port_where_the_first_is_taken(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``apply`` does it, which starts each replica once."""
+    monkeypatch.setattr(ports, "_BOUND", ports._LISTEN)
+
+    async def work(wanted: Desired) -> list[Pass]:
+        passes = Passes(place.state, place.folder, place.environ)
+        place.hosts.append(passes.host)
+        seen: list[Pass] = []
+        try:
+            await settle(passes, wanted, seen.append)
+        finally:
+            passes.close()
+        return seen
+
+    words = [sys.executable, "-c", SERVER, "{port}"]
+    with silent_holder() as port:
+        wanted = command(words, port="auto")
+        wanted = dataclasses.replace(wanted, host=wanted.host.model_copy(update={"ports": f"{port}-{port + 1}"}))
+        seen = asyncio.run(work(wanted))
+        assert [bool(result.failed) for result in seen[:2]] == [True, False]
+        [kept] = seen[-1].plan.kept
+        assert kept.launch.ready
+        assert kept.launch.port == port + 1
+        again = asyncio.run(work(command(words, port=port)))
+        assert [bool(result.failed) for result in again].count(True) == 1
+        assert f"port {port} is taken by another program" in again[-1].plan.unplaced[0].reason
+
+
+def test_the_inner_ports_of_vllm_are_kept_on_record(place: Place) -> None:
+    """Those of what runs, told again by a host that knows nothing else; and those of its next launch."""
+    serves = place.folder / "python"
+    serves.write_text("#!/bin/sh\nenv > env.part; mv env.part env; exec sleep 600\n")
+    serves.chmod(0o755)
+    entry = {"model": "a/b", "device": "cpu", "python": str(serves), "port": free_port()}
+    wanted = desired(f"{NO_GPU}engines: {json.dumps({'chat': entry})}")
+    [action] = place.run(wanted).done
+    eventually((place.folder / "env").exists)
+    assert f"VLLM_PORT={action.inner_ports.start}" in (place.folder / "env").read_text().splitlines()
+    place.another()
+    launch = place.until(wanted, life=Life.ALIVE)
+    assert launch.inner_ports == action.inner_ports
+    assert len(launch.inner_ports) == 8
+    assert launch.pid
+    os.kill(launch.pid, signal.SIGKILL)
+    [again] = eventually(lambda: [action for action in place.run(wanted).plan.actions if action.kind == "spawn"])
+    assert again.inner_ports == action.inner_ports
 
 
 def test_memory_is_given_to_whose_session_holds_it_and_strangers_are_named(place: Place) -> None:

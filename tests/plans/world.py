@@ -142,7 +142,7 @@ def _stranger(text: str) -> GpuProcess:
 
 _LAUNCH_KEYS = {
     *("run", "gpu", "port", "state", "age", "ready", "stopping", "why", "exit", "ended", "failures", "restarts"),
-    *("memory", "holds", "id", "pid", "bind", "without", "with", "predecessor"),
+    *("memory", "holds", "id", "pid", "bind", "without", "with", "predecessor", "inner"),
 }
 _LIFE = {"ready": Life.ALIVE, "loading": Life.ALIVE, "degraded": Life.ALIVE, "stopping": Life.ALIVE}
 
@@ -193,7 +193,14 @@ def _launch(
         restarts=item.get("restarts", 0),
         failures=item.get("failures", 0),
         predecessor=item.get("predecessor", ""),
+        inner_ports=_range(item["inner"]) if "inner" in item else range(0),
     )
+
+
+def _range(text: str) -> range:
+    """``20000-20007``."""
+    low, high = text.split("-")
+    return range(int(low), int(high) + 1)
 
 
 def _held(item: Mapping[str, Any], launch: Launch) -> list[tuple[GpuProcess, str]]:
