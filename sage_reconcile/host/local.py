@@ -95,7 +95,8 @@ class LocalHost:
             ports=ports.in_use(desired, {record.port for record in records if not record.ended}),
             models=self._model_facts(desired),
             gpu_note=note,
-            links=self._links.read(*self._nvml.cards()),
+            links=self._links.links,
+            nvlink_counts=self._links.nvlink_counts,
             problems=tuple(problems),
         )
 
@@ -104,7 +105,7 @@ class LocalHost:
         if declared == "none":
             return (), "`host.gpus: none`"
         if declared == "auto":
-            return self._nvml.read()
+            return self._nvml.read(self._links.look)
         usage = simulated_gpus.usage(self.state.simulated_gpus)
         return simulated_inventory([(gpu.name, gpu.memory, gpu.count) for gpu in declared], usage), ""
 
@@ -119,7 +120,7 @@ class LocalHost:
             stat = processes.read_stat(process.pid)
             launch = sessions.get(stat.session) if stat else members.get(process.pid)
             user, command = ("", "") if launch else _user_and_command(process.pid)
-            owned.append(GpuProcess(process.pid, process.memory_mib, user, command, launch))
+            owned.append(dataclasses.replace(process, user=user, command=command, launch=launch))
         return dataclasses.replace(gpu, processes=tuple(owned))
 
     def _undo(self, record: Record, found: Found) -> bool:
