@@ -6,12 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from sage_reconcile.core.drift import Change, changes
-from sage_reconcile.core.lifecycle import StopCause, failed, failures, next_try, stop_deadline
+from sage_reconcile.core.lifecycle import StopCause, failed, failures, fault_note, next_try, stop_deadline
 from sage_reconcile.core.memory import Occupancy, launches_by_gpu, occupancy
 from sage_reconcile.core.observed import Launch, Life, Observed
 from sage_reconcile.core.placement import Placement, Refusal, Request, launch_gpus, place
 from sage_reconcile.core.plan import Action, GpuMap, Kept, Kind, Plan, Unplaced
 from sage_reconcile.core.ports import Ports
+from sage_reconcile.core.reasons import problem
 from sage_reconcile.core.spec import Desired, Engine
 
 _KINDS: tuple[Kind, ...] = ("reap", "kill", "stop", "spawn")
@@ -43,9 +44,8 @@ class _Planner:
 
     def plan(self) -> Plan:
         engines = {engine.name: engine for engine in self.desired.engines}
-        gpus = {gpu.uuid for gpu in self.observed.gpus}
         for launch in sorted(self.launches.values(), key=lambda x: (x.engine_name, x.index, x.created_at, x.id)):
-            self._sort(launch, engines.get(launch.engine_name), gpus)
+            self._sort(launch, engines.get(launch.engine_name))
         requests, results, refused = self._place()
         for launch, differences in self.drifted.values():
             self.actions.append(_stop(launch, StopCause.CHANGED, differences))
@@ -73,7 +73,7 @@ class _Planner:
     def _changes(self, engine: Engine, launch: Launch) -> tuple[Change, ...]:
         return changes(self.desired, engine, launch, self.observed.gpus, self.observed.links)
 
-    def _sort(self, launch: Launch, engine: Engine | None, gpus: set[str]) -> None:
+    def _sort(self, launch: Launch, engine: Engine | None) -> None:
         wanted = engine if engine is not None and launch.index < engine.spec.replicas else None
         match launch.life:
             case Life.UNPROVEN:
@@ -92,9 +92,8 @@ class _Planner:
                     self.kept.setdefault(launch.replica, launch)
             case Life.ALIVE:
                 self._sort_alive(launch, engine, wanted)
-        if launch.holds and not gpus.issuperset(launch.gpus):
-            missing = ", ".join(uuid for uuid in launch.gpus if uuid not in gpus)
-            self.notes.append(f"{launch.replica}: runs on {missing}, which this machine does not show")
+        if note := fault_note(launch, self.observed):
+            self.notes.append(note)
 
     def _sort_ended(self, launch: Launch, wanted: Engine | None) -> None:
         """Of a replica that is wanted the last ended launch stays known: its port, failures and log."""
@@ -240,7 +239,9 @@ class _Planner:
             before = occupancy(gpu, on[gpu.uuid], headroom)
             after = occupancy(gpu, on[gpu.uuid], headroom, leaving=leaving)
             ours = (*after.ours, *added[gpu.uuid])
-            yield GpuMap(gpu, before, Occupancy(after.total_mib, after.kept_back_mib, ours, after.unmanaged_mib))
+            stays = [launch for launch in on[gpu.uuid] if launch.id not in leaving]
+            whole = Occupancy(after.total_mib, after.kept_back_mib, ours, after.unmanaged_mib)
+            yield GpuMap(gpu, before, whole, problem(gpu, stays))
 
 
 class _Waits:

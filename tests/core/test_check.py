@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sage_reconcile.core.check import check_plan
-from sage_reconcile.core.observed import Life, Link, Observed
+from sage_reconcile.core.observed import GpuProcess, Life, Link, Observed
 from sage_reconcile.core.plan import Action, Plan, Unplaced
 from sage_reconcile.core.planner import make_plan
 from sage_reconcile.core.spec import Desired
@@ -365,3 +365,45 @@ def test_ranks_that_are_not_linked_as_asked(plan: Plan, wanted: Desired, machine
         asked = crossed(wanted, f"pair: {{model: p, memory: 10GiB, tensor_parallel_size: 2, link: {link}}}")
         told = [] if good else [f"spawn pair/0 is split over GPUs that are not linked by {link}"]
         assert check_plan(asked, replace(machine, links=links), plan) == told
+
+
+@pytest.mark.parametrize(
+    ("launches", "strangers", "wrong"),
+    [
+        ("[{run: stay/0, gpu: 0, port: 8000}]", "", "new/0"),
+        ("[{run: stay/0, gpu: 0, port: 8000, holds: nothing}]", "", "new/0"),
+        ("[{run: stay/0, gpu: 1, port: 8000}]", "", ""),
+        ("[{run: stay/0, gpu: 1, port: 8000}]", ", strangers: [812 alice python 1GiB]", "new/0"),
+        ("[]", "", "new/0"),
+    ],
+)
+def test_several_where_one_process_may_compute(launches: str, strangers: str, wrong: str) -> None:
+    """A plan for a GPU on which many may compute must not pass where one may."""
+    engines = "{stay: {model: s, memory: 10GiB, gpus: [0, 1]}, new: {model: n, memory: 10GiB, gpus: [0]}}"
+    wanted = desired(f"version: 1\nengines: {engines}\n")
+    many, one = (
+        world(
+            yaml.safe_load(f"gpus: [{{gpu: H100 80GiB, mode: {mode}{strangers}}}, L4 24GiB]\nlaunches: {launches}"),
+            wanted,
+            NOW,
+        )
+        for mode in ("default", "exclusive-process")
+    )
+    plan = make_plan(wanted, many, NOW)
+    spawned = [action.replica for action in plan.actions if action.gpus and action.gpus[0].index == 0]
+    assert spawned == (["stay/0", "new/0"] if launches == "[]" else ["new/0"])
+    told = f"GPU 0 serves one process at a time, and spawn {wrong} would not be alone there"
+    assert check_plan(wanted, one, plan) == ([told] if wrong else [])
+
+
+def test_what_ends_or_only_draws_leaves_a_gpu_for_one_process_free() -> None:
+    text = "version: 1\nengines:\n  new: {model: n, memory: 10GiB}\n"
+    ran = desired("version: 1\nengines:\n  old: {model: s, memory: 10GiB}\n")
+    found = "launches: [{run: old/0, gpu: 0, port: 8000, id: old}]\ngpus: [{gpu: H100 80GiB, mode: exclusive-process}]"
+    machine = world(yaml.safe_load(found), ran, NOW)
+    draws = GpuProcess(7, 100, "alice", "Xorg", graphics=True)
+    gpu = replace(machine.gpus[0], processes=(*machine.gpus[0].processes, draws))
+    machine, wanted = replace(machine, gpus=(gpu,)), desired(text)
+    plan = make_plan(wanted, machine, NOW)
+    assert [action.kind for action in plan.actions] == ["stop", "spawn"]
+    assert check_plan(wanted, machine, plan) == []
