@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sage_reconcile.core.gpu_report import lasting
 from sage_reconcile.core.observed import Life
 from sage_reconcile.core.report import status_document
 from sage_reconcile.core.resolve import values_mark
@@ -197,7 +198,8 @@ class Daemon:
             self.log.error("pass failed", error=str(error))  # noqa: TRY400 - the message says it all
             return None
         self._log(result)
-        self._tell(status_document(self.desired, result.observed, result.plan, result.now))
+        document = status_document(self.desired, result.observed, result.plan, result.now)
+        self._tell({**document, "gpus": lasting(document["gpus"])})
         return result
 
     def _read(self) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from sage_reconcile.core.check import check_plan
 from sage_reconcile.core.declared import declared_gpus, declared_links
+from sage_reconcile.core.gpu_report import gpu_document
 from sage_reconcile.core.observed import Gpu, Observed
 from sage_reconcile.core.planner import make_plan
 from sage_reconcile.core.report import plan_document, status_document
@@ -50,6 +51,7 @@ def test_an_example_is_valid_and_everything_in_it_finds_a_place(path: Path) -> N
     checked(plan_document(plan), "plan")
     own = {"file": "f", "file_error": "", "generation": 1, "observed_generation": 1, "daemon": None}
     checked({**own, **status_document(desired, observed, plan, 0.0)}, "status")
+    checked({"file": "f", "file_error": "", **gpu_document(desired.host, observed)}, "gpu")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.parent.name)
@@ -58,6 +60,10 @@ def test_an_example_fits_the_schema_it_names(path: Path) -> None:
     named = text.splitlines()[0].removeprefix("# yaml-language-server: $schema=")
     assert (path.parent / named).resolve() == REPOSITORY / "schemas/engines.schema.json"
     checked(yaml.safe_load(text), "engines")
+
+
+def test_a_gpu_is_told_in_the_same_way_by_status_and_gpu() -> None:
+    assert schema("gpu")["$defs"]["gpu"] == schema("status")["$defs"]["gpu"]
 
 
 def test_the_schema_of_the_file_is_the_one_that_is_printed() -> None:

@@ -74,10 +74,10 @@ def validate(given: Path | None, as_json: bool) -> int:
         print(json.dumps({"version": 1, "file": str(path), "valid": not faults, "faults": rows}, indent=2))
     elif faults:
         for fault in faults:
-            print(fault.text(_short(path)), file=sys.stderr)
+            print(fault.text(short(path)), file=sys.stderr)
         print(f"{len(faults)} {'fault' if len(faults) == 1 else 'faults'}.", file=sys.stderr)
     else:
-        print(f"{_short(path)} is valid: {engines} {'engine' if engines == 1 else 'engines'}.")
+        print(f"{short(path)} is valid: {engines} {'engine' if engines == 1 else 'engines'}.")
     return 1 if faults else 0
 
 
@@ -197,7 +197,7 @@ def read_status(path: Path, state: StateFolder) -> dict[str, Any]:
         file_error = str(error)
         if follows and "engines" in told and not told["file_error"]:
             return _told_by_daemon(path, told, holding)  # it has variables of the file that we do not have
-        desired = _last_good(path, state) or Desired(HostSpec(), ())
+        desired = last_good(path, state) or Desired(HostSpec(), ())
     seen = look(LocalHost(state, path.parent, os.environ), desired)
     document = {
         "file": str(path),
@@ -225,7 +225,8 @@ def _told_by_daemon(path: Path, told: dict[str, Any], daemon: Holder | None) -> 
     }
 
 
-def _last_good(path: Path, state: StateFolder) -> Desired | None:
+def last_good(path: Path, state: StateFolder) -> Desired | None:
+    """What the file last said that was valid, where that is known."""
     if state.read_json("generation.json").get("file") != str(path):
         return None
     try:
@@ -246,7 +247,7 @@ def _show_status(document: dict[str, Any], as_json: bool) -> None:
     daemon = document["daemon"]
     follows = f"the daemon (pid {daemon['pid']}) follows it" if daemon else "no daemon follows it"
     late = "" if document["generation"] == document["observed_generation"] else ", not applied yet"
-    print(f"\n{_short(Path(document['file']))}, generation {document['generation']}{late}; {follows}.")
+    print(f"\n{short(Path(document['file']))}, generation {document['generation']}{late}; {follows}.")
 
 
 def logs(name: str, given: Path | None, state_dir: Path | None, *, lines: int, follow: bool) -> int:
@@ -348,7 +349,7 @@ def _confirmed(question: str) -> bool:
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _short(path: Path) -> str:
+def short(path: Path) -> str:
     """The path as a person would write it from here."""
     relative = os.path.relpath(path)
     return relative if not relative.startswith("..") else str(path)

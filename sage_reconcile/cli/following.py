@@ -16,6 +16,7 @@ from sage_reconcile.cli import rendering
 from sage_reconcile.core.report import status_document
 from sage_reconcile.core.resolve import values_mark
 from sage_reconcile.core.spec import Desired
+from sage_reconcile.core.units import printable
 from sage_reconcile.errors import SageReconcileError
 from sage_reconcile.host import logs, processes
 from sage_reconcile.host.state import Holder, StateFolder, this_process
@@ -145,7 +146,7 @@ def conclude(document: dict[str, Any], program: str) -> int:
 
 
 def _show_failure(replica: dict[str, Any]) -> None:
-    reason = f": {replica['reason']}" if replica["reason"] else ""
+    reason = f": {printable(replica['reason'])}" if replica["reason"] else ""
     print(f"\n{replica['name']} is {replica['phase']}{reason}", file=sys.stderr)
     lines = logs.tail(Path(replica["log"]), _LOG_LINES) if replica["log"] else []
     if lines:

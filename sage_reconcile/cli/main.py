@@ -162,6 +162,19 @@ def status(
 
 
 @app.command()
+def gpu(
+    file: File = None,
+    state_dir: State = None,
+    output: Output = "text",
+    topology: Annotated[bool, typer.Option("--topology", help="Show also how the GPUs are joined.")] = False,
+) -> None:
+    """Show every GPU: its memory, who is on it, its load, and what keeps new engines off it."""
+    from sage_reconcile.cli import gpus
+
+    raise Finished(gpus.gpu(file, state_dir, _format(output), topology=topology))
+
+
+@app.command()
 def logs(
     name: Annotated[str, typer.Argument(help="An engine, or one of its replicas such as chat/0.")],
     file: Annotated[

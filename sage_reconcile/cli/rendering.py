@@ -10,8 +10,14 @@ from typing import Any, TextIO
 
 import typer
 
+from sage_reconcile.core.units import printable
+
 _COLOURS = {"+": "green", "-": "red", "~": "yellow", "!": "magenta"}
-_PHASES = {"Ready": "green", "Starting": "yellow", "Stopping": "yellow", "Pending": "magenta", "BackOff": "red"}
+_PHASES = {"Ready": "green", "Starting": "yellow", "Stopping": "yellow", "Pending": "magenta"}
+_PHASES |= {"BackOff": "red", "Degraded": "red"}
+
+_LIVE = {"utilization_percent": "%", "temperature_c": "C", "power_w": "W"}
+LOAD_HEADS = ("UTIL", "TEMP", "POWER")
 
 
 def colours(stream: TextIO) -> bool:
@@ -21,7 +27,8 @@ def colours(stream: TextIO) -> bool:
 
 def show_plan(text: str) -> None:
     """Prints the text of a plan, its lines coloured by their sign."""
-    for line in text.splitlines():
+    for raw in text.rstrip("\n").split("\n"):
+        line = printable(raw)
         colour = _COLOURS.get(line[:1]) if line[1:2] == " " and colours(sys.stdout) else None
         print(typer.style(line, fg=colour) if colour else line)
 
@@ -34,7 +41,7 @@ def error(message: str) -> None:
 
 def note(message: str) -> None:
     """Prints something to know that is no result."""
-    print(f"note: {message}", file=sys.stderr)
+    print(f"note: {printable(message)}", file=sys.stderr)
 
 
 def show_status(document: Mapping[str, Any], now: float) -> None:
@@ -45,7 +52,7 @@ def show_status(document: Mapping[str, Any], now: float) -> None:
             replica["name"],
             str(engine["model"] or ""),
             replica["phase"] + (f" ({replica['stage']})" if replica["stage"] else ""),
-            ",".join(str(gpu["index"]) for gpu in replica["gpus"]) or "-",
+            ",".join("?" if gpu["index"] is None else str(gpu["index"]) for gpu in replica["gpus"]) or "-",
             f"{replica['memory_mib'] / 1024:.1f}GiB" if replica["gpus"] else "-",
             str(replica["port"] or "-"),
             str(replica["pid"] or "-"),
@@ -56,17 +63,17 @@ def show_status(document: Mapping[str, Any], now: float) -> None:
     ]
     heads = ("REPLICA", "MODEL", "PHASE", "GPUS", "MEMORY", "PORT", "PID", "RESTARTS", "SINCE")
     if rows:
-        _table(heads, rows)
+        table(heads, rows)
     else:
         print("No engine runs, and none is wanted.")
     for _, replica in replicas:
         if reason := _reason(replica, now):
-            print(f"  {replica['name']}: {reason}")
+            print(f"  {replica['name']}: {printable(reason)}")
     if document["gpus"]:
         print()
         _gpu_table(document["gpus"])
     for text in document["notes"]:
-        print(f"note: {text}")
+        print(f"note: {printable(text)}")
 
 
 def _reason(replica: Mapping[str, Any], now: float) -> str:
@@ -77,40 +84,57 @@ def _reason(replica: Mapping[str, Any], now: float) -> str:
 
 
 def _gpu_table(gpus: Sequence[Mapping[str, Any]]) -> None:
-    def gib(mib: int) -> str:
-        return f"{mib / 1024:.1f}GiB"
-
-    _table(
-        ("GPU", "MODEL", "TOTAL", "PROMISED", "USED", "FREE", "UNMANAGED", ""),
-        [
+    live = any(value is not None for gpu in gpus for value in map(gpu.get, _LIVE))
+    rows = []
+    for gpu in gpus:
+        state = (gpu["problem"], "excluded" if gpu["excluded"] else "", ", ".join(map(stranger, gpu["unmanaged"])))
+        rows.append(
             (
                 str(gpu["index"]),
                 gpu["name"] + (" (simulated)" if gpu["simulated"] else ""),
-                gib(gpu["memory_total_mib"]),
-                gib(gpu["memory_promised_mib"]),
-                gib(gpu["memory_used_mib"]),
-                gib(gpu["memory_free_mib"]),
+                *(gib(gpu[f"memory_{kind}_mib"]) for kind in ("total", "promised", "used", "free")),
                 gib(gpu["unmanaged_mib"]),
-                gpu["problem"] or ", ".join(f"pid {p['pid']} {p['user']} {p['command']}" for p in gpu["unmanaged"]),
+                *(load(gpu) if live else ()),
+                "; ".join(text for text in state if text),
             )
-            for gpu in gpus
-        ],
-    )
+        )
+    heads = ("GPU", "MODEL", "TOTAL", "PROMISED", "USED", "FREE", "UNMANAGED")
+    table((*heads, *(LOAD_HEADS if live else ()), ""), rows)
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def gib(mib: int | None) -> str:
+    """MiB as GiB; ``-`` where it is not known."""
+    return "-" if mib is None else f"{mib / 1024:.1f}GiB"
+
+
+def load(gpu: Mapping[str, Any]) -> tuple[str, ...]:
+    """Utilisation, temperature and power of a GPU; ``-`` what is not known."""
+    values = ((gpu.get(name), unit) for name, unit in _LIVE.items())
+    return tuple("-" if value is None else f"{value:.0f}{unit}" for value, unit in values)
+
+
+def stranger(process: Mapping[str, Any]) -> str:
+    """``pid 812 alice python 12.0GiB``: a process on a GPU that is not ours."""
+    held = process["memory_mib"]
+    size = "? MiB" if held is None else f"{held}MiB" if held < 1024 else gib(held)
+    return " ".join(part for part in (f"pid {process['pid']}", process["user"], process["command"], size) if part)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as they must be, on one line each whatever the terminal's width: fit for grep and cut."""
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
+    grid = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
     for head in heads:
-        table.add_column(head, no_wrap=True, overflow="ignore")
-    for row in rows:
-        table.add_row(*(Text(cell, style=_PHASES.get(cell.split(" ")[0], "")) for cell in row))
-    wide = max(sum(max(len(row[i]) for row in [heads, *rows]) + 2 for i in range(len(heads))), 20)
-    Console(width=wide, no_color=not colours(sys.stdout), highlight=False).print(table)
+        grid.add_column(head, no_wrap=True, overflow="ignore")
+    shown = [[printable(cell) for cell in row] for row in rows]
+    for row in shown:
+        grid.add_row(*(Text(cell, style=_PHASES.get(cell.split(" ")[0], "")) for cell in row))
+    wide = max(sum(max(cell_len(row[i]) for row in [heads, *shown]) + 2 for i in range(len(heads))), 20)
+    Console(width=wide, no_color=not colours(sys.stdout), highlight=False).print(grid)
 
 
 def _age(seconds: float) -> str:
@@ -169,7 +193,9 @@ class Progress:
             words += f": {replica['stage']}"
         if replica["phase"] == "Ready":
             words += f" at {replica['endpoint']}"
+        if replica["phase"] == "Degraded" and replica["reason"]:
+            words += f": {printable(replica['reason'])}"
         if replica["phase"] in ("Pending", "BackOff"):
             told = replica["reason"] and (replica["phase"] == "BackOff" or replica["unplaced"])
-            words = f"{words}: {replica['reason']}" if told else ""
+            words = f"{words}: {printable(replica['reason'])}" if told else ""
         return words

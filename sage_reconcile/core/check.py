@@ -23,6 +23,7 @@ def check_plan(desired: Desired, observed: Observed, plan: Plan) -> list[str]:
         *_complete(desired, plan),
         *_memory(desired, observed, plan),
         *_neighbours(desired, observed, plan),
+        *_one_process(observed, plan),
         *_links(desired, observed, plan),
         *_ports(desired, observed, plan),
         *_starts_after_stops(observed, plan),
@@ -182,6 +183,21 @@ def _neighbours(desired: Desired, observed: Observed, plan: Plan) -> Iterator[st
             if engines[name].spread == "gpu":
                 yield from (f"{action.id} is placed on a GPU of {other}" for other, owner, _ in there if owner == name)
             there.append((action.replica, name, engines[name].exclusive))
+
+
+def _one_process(observed: Observed, plan: Plan) -> Iterator[str]:
+    """Who starts on a GPU on which one process at a time may compute: one, after all that compute there ended."""
+    ended = {action.launch for action in plan.actions if action.kind != "spawn"}
+    staying = [x for x in observed.launches if x.life is not Life.EXITED and x.id not in ended and not _is_stopping(x)]
+    gone = {launch.id for launch in observed.launches} - {launch.id for launch in staying}
+    for gpu in observed.gpus:
+        starting = [a for a in plan.actions if a.kind == "spawn" and gpu.uuid in {used.uuid for used in a.gpus}]
+        if gpu.compute_mode != "exclusive-process" or not starting:
+            continue
+        there = [launch for launch in staying if gpu.uuid in launch.gpus]
+        computing = [process for process in gpu.processes if process.launch not in gone and not process.graphics]
+        if there or computing or len(starting) > 1:
+            yield f"GPU {gpu.index} serves one process at a time, and {starting[-1].id} would not be alone there"
 
 
 def _has_strangers(gpu: Gpu, launches: tuple[Launch, ...]) -> bool:

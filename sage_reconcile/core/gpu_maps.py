@@ -9,7 +9,7 @@ from dataclasses import replace
 from sage_reconcile.core.memory import MEMORY_RETURN_S, Occupancy, launches_by_gpu, occupancy, unexplained_mib
 from sage_reconcile.core.observed import Life, Observed
 from sage_reconcile.core.plan import Action, GpuMap
-from sage_reconcile.core.reasons import IDLE_MIB, gib
+from sage_reconcile.core.reasons import IDLE_MIB, gib, problem
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.core.standing import Standing
 
@@ -28,7 +28,9 @@ def gpu_maps(
         before = occupancy(gpu, on[gpu.uuid], desired.host.headroom)
         after = occupancy(later[gpu.uuid], on[gpu.uuid], desired.host.headroom, leaving=leaving)
         ours = (*after.ours, *added[gpu.uuid])
-        yield GpuMap(gpu, before, Occupancy(after.total_mib, after.kept_back_mib, ours, after.unmanaged_mib))
+        stays = [launch for launch in on[gpu.uuid] if launch.id not in leaving]
+        whole = Occupancy(after.total_mib, after.kept_back_mib, ours, after.unmanaged_mib)
+        yield GpuMap(gpu, before, whole, problem(gpu, stays))
 
 
 def once_back(observed: Observed, standing: Standing) -> Observed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from sage_reconcile.core.observed import Launch, Life
+from sage_reconcile.core.observed import Launch, Life, Observed
 
 BACKOFF_FIRST_S = 10.0
 BACKOFF_LIMIT_S = 300.0
@@ -37,8 +37,37 @@ class Phase(StrEnum):
     UNKNOWN = "Unknown"
 
 
-def phase(launch: Launch | None, *, wanted: bool, now: float) -> Phase | None:
-    """The phase of a replica from its latest launch; None where there is nothing to show."""
+def gpu_faults(launch: Launch, observed: Observed) -> str:
+    """What is wrong with the GPUs that a launch runs on: ``GPU 3: the GPU is lost …``; empty where nothing is.
+
+    An exclusion, or a compute mode, keeps others off a GPU and is no fault. With a GPU that is not listed any more
+    those are told that could never be read: it may be one of them.
+    """
+    by_uuid = {gpu.uuid: gpu for gpu in observed.gpus}
+    never_read = (f"GPU {gpu.index}: {gpu.problem}" for gpu in observed.gpus if not gpu.memory_total_mib)
+    known = "; ".join([observed.gpu_note] if observed.gpu_note else never_read)
+    why = f" ({known})" if known else ""
+    faults = []
+    for uuid in launch.gpus:
+        gpu = by_uuid.get(uuid)
+        if gpu is None:
+            faults.append(f"{uuid} is not listed any more{why}")
+        elif gpu.faulty:
+            faults.append(f"GPU {gpu.index}: {gpu.problem}")
+    return "; ".join(faults)
+
+
+def fault_note(launch: Launch, observed: Observed) -> str:
+    """The same as a note of a plan."""
+    faults = gpu_faults(launch, observed) if launch.holds else ""
+    return f"{launch.replica}: runs on a GPU at fault: {faults}" if faults else ""
+
+
+def phase(launch: Launch | None, *, wanted: bool, now: float, faults: str = "") -> Phase | None:
+    """The phase of a replica from its latest launch; None where there is nothing to show.
+
+    ``faults`` are those of the GPUs that it runs on.
+    """
     if launch is None:
         return Phase.PENDING if wanted else None
     match launch.life:
@@ -57,7 +86,7 @@ def phase(launch: Launch | None, *, wanted: bool, now: float) -> Phase | None:
     if launch.stopping_since is not None:
         return Phase.STOPPING
     if launch.ready:
-        return Phase.READY
+        return Phase.DEGRADED if faults else Phase.READY
     return Phase.STARTING if launch.ready_at is None else Phase.DEGRADED
 
 

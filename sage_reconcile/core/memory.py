@@ -198,6 +198,6 @@ def lingering(gpu: Gpu, launches: Iterable[Launch], now: float) -> Lingering | N
 
 def unexplained_mib(gpu: Gpu) -> int:
     """Memory that is shown as used and that no process is named for; 0 where a process's share is not told."""
-    if any(process.memory_mib is None for process in gpu.processes):
+    if not gpu.memory_told or any(process.memory_mib is None for process in gpu.processes):
         return 0
     return max(0, gpu.memory_used_mib - sum(process.memory_mib or 0 for process in gpu.processes))

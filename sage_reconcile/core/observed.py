@@ -15,7 +15,8 @@ class GpuProcess:
     """A process holding memory on a GPU, as NVML lists it.
 
     ``launch`` is the id of our launch it was proven to belong to; None means unmanaged.
-    ``memory_mib`` is None where the driver does not say (no permission, an old driver).
+    ``memory_mib`` is None where the driver does not say (no permission, an old driver). ``graphics`` tells of one
+    that only draws: it does not hold a GPU that is in exclusive-process mode.
     """
 
     pid: int
@@ -23,6 +24,18 @@ class GpuProcess:
     user: str = ""
     command: str = ""
     launch: str | None = None
+    graphics: bool = False
+
+
+class ComputeMode(StrEnum):
+    """Who may compute on a GPU (``nvidia-smi -c``)."""
+
+    DEFAULT = "default"
+    """As many processes as fit."""
+    EXCLUSIVE = "exclusive-process"
+    """One process at a time."""
+    PROHIBITED = "prohibited"
+    """None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +43,9 @@ class Gpu:
     """One GPU (or one MIG device) and what is on it, in MiB.
 
     ``memory_used_mib`` is what all processes hold, without the driver's own reserve.
-    ``problem`` says why nothing new may be placed here; empty means usable.
+    ``problem`` says why nothing new may be placed here; empty means usable. ``faulty`` tells that what runs here
+    suffers from it too: the GPU is lost, or its memory is damaged. Where ``memory_told`` is False, how much is used
+    could not be read, and it counts as full.
     ``cuda_total_mib`` is the total that CUDA reports (a little below NVML's) where it is known.
     """
 
@@ -50,6 +65,9 @@ class Gpu:
     compute_capability: str | None = None
     cuda_total_mib: int | None = None
     numa_node: int | None = None
+    compute_mode: ComputeMode | None = None
+    faulty: bool = False
+    memory_told: bool = True
 
 
 class Link(StrEnum):
@@ -207,3 +225,5 @@ class Observed:
     """Why there are no GPUs, where that is known (no driver, no permission …), or what those there cannot tell."""
     problems: tuple[str, ...] = ()
     """What could not be read, a sentence each."""
+    nvlink_counts: Mapping[frozenset[str], int] = field(default_factory=dict)
+    """How many NVLinks join a pair whose link is ``NVLINK``, where that is known."""

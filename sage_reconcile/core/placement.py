@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sage_reconcile.core.memory import Occupancy, launches_by_gpu, occupancy, promised_mib
-from sage_reconcile.core.observed import Gpu, Launch, Link, Observed, link_groups
+from sage_reconcile.core.observed import ComputeMode, Gpu, Launch, Link, Observed, link_groups
 from sage_reconcile.core.packing import BUDGET, pack
-from sage_reconcile.core.reasons import WORST_LINK, Book, blocked, impossible, no_room, pinned
+from sage_reconcile.core.reasons import WORST_LINK, Book, barred, blocked, impossible, no_room, pinned
 from sage_reconcile.core.slots import Item, Option, Slot
-from sage_reconcile.core.spec import Desired, Engine, HostSpec
+from sage_reconcile.core.spec import Desired, Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def books(desired: Desired, observed: Observed, leaving: frozenset[str]) -> list
         here = [launch for launch in on[gpu.uuid] if launch.id not in leaving]
         exclusive = (x.replica for x in here if x.engine_name in alone or x.spec.get("exclusive") is True)
         taken = occupancy(gpu, on[gpu.uuid], desired.host.headroom, leaving=leaving)
-        found.append(Book(gpu, taken, _barred(desired.host, gpu), next(exclusive, "")))
+        found.append(Book(gpu, taken, barred(desired.host, gpu, here), next(exclusive, "")))
     return found
 
 
@@ -151,6 +151,7 @@ class _Placing:
                 clean=book.clean,
                 marks=sum({bits.get(replica.rpartition("/")[0], 0) for replica, _ in book.taken.ours}),
                 groups=group,
+                single=book.gpu.compute_mode is ComputeMode.EXCLUSIVE,
             )
             for book, group in zip(self.books, groups, strict=True)
         ]
@@ -215,17 +216,13 @@ class _Placing:
             book.started_mib += need_mib
             if request.engine.spec.exclusive:
                 book.alone = request.replica
+            elif book.gpu.compute_mode is ComputeMode.EXCLUSIVE:
+                book.barred = f"it is in exclusive-process mode, and {request.replica} comes there"
 
     def _reason(self, engine: Engine, *, proven: bool) -> str:
         needs = [self._need(engine, book.gpu) or 0 for book in self.books]
         groups: Mapping[str, int] = self._linked(WORST_LINK.get(engine.spec.link, Link.SYS))
         return no_room(engine, self.books, needs, groups, proven=proven)
-
-
-def _barred(host: HostSpec, gpu: Gpu) -> str:
-    if gpu.problem:
-        return gpu.problem
-    return "excluded by `host.exclude`" if gpu.index in host.exclude or gpu.uuid in host.exclude else ""
 
 
 def launch_gpus(launch: Launch, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:

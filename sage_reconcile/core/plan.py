@@ -97,11 +97,12 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class GpuMap:
-    """A GPU before and after the plan."""
+    """A GPU before and after the plan, and why it takes nothing new (empty where it does)."""
 
     gpu: Gpu
     before: Occupancy
     after: Occupancy
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)

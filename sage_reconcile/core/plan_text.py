@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from sage_reconcile.core.memory import Occupancy
 from sage_reconcile.core.observed import Gpu
-from sage_reconcile.core.plan import Action, Move, Plan
-from sage_reconcile.core.reasons import gib
+from sage_reconcile.core.plan import Action, GpuMap, Move, Plan
+from sage_reconcile.core.reasons import gib, stranger_names
 
 _BAR = 20
 
@@ -144,14 +144,16 @@ def _gpus(plan: Plan) -> Iterator[str]:
     width = max(len(f"{item.gpu.index} {item.gpu.name}") for item in plan.gpus)
     for item in plan.gpus:
         label = f"{item.gpu.index} {item.gpu.name}"
-        before, after = _bar(item.before), _bar(item.after)
+        before, after = (bar(taken, told=item.gpu.memory_told) for taken in (item.before, item.after))
         moved = before if before == after else f"{before} -> {after}"
-        yield "  ".join(part for part in (f"  {label:<{width}}", moved, _who(item.after), item.gpu.problem) if part)
+        yield "  ".join(part for part in (f"  {label:<{width}}", moved, _who(item), item.problem) if part)
     yield ""
 
 
-def _bar(taken: Occupancy) -> str:
-    """``[####++....] 24.0/80.0GiB``: # ours, + strangers', - kept back, . free."""
+def bar(taken: Occupancy, *, told: bool = True) -> str:
+    """``[####++....] 24.0/80.0GiB``: # ours, + strangers', - kept back, . free; ? where that is not told."""
+    if not told:
+        return f"[{'?' * _BAR}] ?/{gib(taken.total_mib) if taken.total_mib else '?GiB'}"
     total = taken.total_mib or 1
     ends = [taken.promised_mib, taken.unmanaged_mib, taken.kept_back_mib]
     cells, reached, drawn = "", 0, 0
@@ -164,10 +166,11 @@ def _bar(taken: Occupancy) -> str:
     return f"[{cells:.<{_BAR}}] {used:.1f}/{taken.total_mib / 1024:.1f}GiB"
 
 
-def _who(taken: Occupancy) -> str:
-    names = [f"{replica} {gib(mib)}" for replica, mib in taken.ours]
-    if taken.unmanaged_mib:
-        names.append(f"unmanaged {gib(taken.unmanaged_mib)}")
+def _who(item: GpuMap) -> str:
+    names = [f"{replica} {gib(mib)}" for replica, mib in item.after.ours]
+    if item.after.unmanaged_mib and item.gpu.memory_told:
+        who = stranger_names(item.gpu)
+        names.append(f"unmanaged {gib(item.after.unmanaged_mib)}" + (f" ({who})" if who else ""))
     return ", ".join(names)
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from sage_reconcile.core.gpu_models import size_text
 from sage_reconcile.core.memory import Occupancy
-from sage_reconcile.core.observed import Gpu, Link
-from sage_reconcile.core.spec import Engine
+from sage_reconcile.core.observed import ComputeMode, Gpu, GpuProcess, Launch, Link
+from sage_reconcile.core.spec import Engine, HostSpec
+from sage_reconcile.core.units import mib_text, printable
 
 WORST_LINK: Mapping[str, Link] = {"nvlink": Link.NVLINK, "numa": Link.NODE}
 """What each value of ``link`` asks for at the least; NVLink between NUMA nodes is better than either asks for."""
@@ -40,6 +41,30 @@ class Book:
         """Whether nothing is on it, of ours or of others'."""
         strangers = any(process.launch is None for process in self.gpu.processes)
         return not (self.taken.ours or strangers or self.taken.unmanaged_mib > IDLE_MIB)
+
+
+def excluded(host: HostSpec, gpu: Gpu) -> bool:
+    """Whether the file keeps everything new off a GPU."""
+    return gpu.index in host.exclude or gpu.uuid in host.exclude
+
+
+def problem(gpu: Gpu, here: Sequence[Launch]) -> str:
+    """Why nothing new may be placed on a GPU where these launches are; empty where it may.
+
+    One in exclusive-process mode is full when a single process computes on it, or a launch of ours is about to.
+    """
+    if gpu.problem or gpu.compute_mode is not ComputeMode.EXCLUSIVE:
+        return gpu.problem
+    replicas = {launch.id: launch.replica for launch in here}
+    holders = [process for process in gpu.processes if not process.graphics]
+    names = [_names(process) for process in sorted(holders, key=lambda p: p.pid) if process.launch is None]
+    names = [*dict.fromkeys(replicas.values()), *names]
+    return f"it is in exclusive-process mode and held by {', '.join(names)}" if names else ""
+
+
+def barred(host: HostSpec, gpu: Gpu, here: Sequence[Launch]) -> str:
+    """The same, where the file may say so too."""
+    return problem(gpu, here) or ("excluded by `host.exclude`" if excluded(host, gpu) else "")
 
 
 def gib(mib: int) -> str:
@@ -149,7 +174,11 @@ def _proof(engine: Engine, verdicts: Sequence[_Verdict], *, proven: bool) -> str
     """Nothing where the numbers speak for themselves: where it had no place even if nothing else were started."""
     if not proven:
         return "; budget ended: no arrangement that makes room was found, and not all were tried"
-    could = [v.book for v in verdicts if not v.book.barred and v.need_mib <= v.free_mib + v.book.started_mib]
+    could = [
+        v.book
+        for v in verdicts
+        if (not v.book.barred or v.book.started_mib) and v.need_mib <= v.free_mib + v.book.started_mib
+    ]
     enough = len(could) >= engine.spec.gpu_count and any(book.started_mib for book in could)
     return "; exact: no other arrangement of what is started makes room" if enough else ""
 
@@ -198,13 +227,22 @@ def _state(verdict: _Verdict, label: str, size: Callable[[int], str]) -> str:
 
 
 def strangers(gpu: Gpu) -> str:
-    """Who holds memory here that is not ours: ``unmanaged: pid 812 alice python``."""
+    """Who holds memory here that is not ours: ``unmanaged (pid 812 alice python)``."""
+    names = stranger_names(gpu)
+    return f"unmanaged ({names})" if names else "unmanaged"
+
+
+def stranger_names(gpu: Gpu) -> str:
+    """``pid 812 alice python``: whose processes are here that are not ours; of several what each has, if told."""
     found = sorted(
         (process for process in gpu.processes if process.launch is None),
         key=lambda p: (-(p.memory_mib or 0), p.pid),
     )
-    if not found:
-        return "unmanaged"
-    names = [" ".join(part for part in (f"pid {p.pid}", p.user, p.command) if part) for p in found[:3]]
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return f"unmanaged ({', '.join(names)}{more})"
+    each = [_names(process, with_size=len(found) > 1) for process in found]
+    return ", ".join(each[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _names(process: GpuProcess, *, with_size: bool = False) -> str:
+    mib = process.memory_mib if with_size else None
+    size = "" if mib is None else gib(mib) if mib >= 1024 else mib_text(mib)
+    return printable(" ".join(part for part in (f"pid {process.pid}", process.user, process.command, size) if part))

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from sage_reconcile.core.lifecycle import Phase, next_try, phase
-from sage_reconcile.core.memory import launches_by_gpu, occupancy
+from sage_reconcile.core.gpu_report import gpu_rows
+from sage_reconcile.core.lifecycle import Phase, fault_note, gpu_faults, next_try, phase
 from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
 from sage_reconcile.core.plan import Action, Move, Plan
 from sage_reconcile.core.plan_text import summary
@@ -40,7 +40,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
                 "promised_after_mib": item.after.promised_mib,
                 "unmanaged_mib": item.after.unmanaged_mib,
                 "free_after_mib": item.after.free_mib,
-                "problem": item.gpu.problem,
+                "problem": item.problem,
             }
             for item in plan.gpus
         ],
@@ -101,12 +101,13 @@ def status_document(desired: Desired, observed: Observed, plan: Plan, now: float
     engines += [_gone(name, launches, observed, now) for name in sorted(gone)]
     wanted = sum(engine.spec.replicas for engine in desired.engines)
     ready = sum(entry["ready"] for entry in engines if entry["name"] in known)
+    told = {fault_note(launch, observed) for launch in observed.launches}  # with the replicas
     return {
         "version": VERSION,
         "converged": plan.in_sync and ready == wanted,
         "engines": engines,
-        "gpus": _gpus(desired, observed),
-        "notes": [*plan.waiting, *plan.notes],
+        "gpus": gpu_rows(desired.host, observed),
+        "notes": [*plan.waiting, *(note for note in plan.notes if note not in told)],
     }
 
 
@@ -176,7 +177,8 @@ def _current(launches: Sequence[Launch]) -> Launch | None:
 def _replica(
     name: str, launch: Launch | None, observed: Observed, now: float, *, wanted: bool
 ) -> dict[str, Any] | None:
-    state = phase(launch, wanted=wanted, now=now)
+    faults = gpu_faults(launch, observed) if launch and launch.holds else ""
+    state = phase(launch, wanted=wanted, now=now, faults=faults)
     if state is None:
         return None
     row: dict[str, Any] = {
@@ -215,7 +217,7 @@ def _replica(
         "gpus": [{"index": by_uuid[u].index if u in by_uuid else None, "uuid": u} for u in launch.gpus],
         "memory_mib": launch.memory_mib,
         "started_at": launch.created_at,
-        "reason": launch.stop_cause,
+        "reason": "; ".join(part for part in (launch.stop_cause, faults) if part),
     }
     return row
 
@@ -223,29 +225,3 @@ def _replica(
 def _reachable(bind: str) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)  # noqa: S104 - shown, not bound to
     return f"[{host}]" if ":" in host else host
-
-
-def _gpus(desired: Desired, observed: Observed) -> list[dict[str, Any]]:
-    on = launches_by_gpu(observed)
-    rows = []
-    for gpu in sorted(observed.gpus, key=lambda item: item.index):
-        taken = occupancy(gpu, on[gpu.uuid], desired.host.headroom)
-        rows.append(
-            {
-                **_gpu_ref(gpu),
-                "name": gpu.name,
-                "memory_total_mib": gpu.memory_total_mib,
-                "memory_used_mib": gpu.memory_used_mib,
-                "memory_promised_mib": sum(x.memory_mib for x in on[gpu.uuid] if gpu.uuid in x.gpus),
-                "memory_free_mib": 0 if gpu.problem else taken.free_mib,
-                "unmanaged_mib": taken.unmanaged_mib,
-                "simulated": gpu.simulated,
-                "problem": gpu.problem,
-                "unmanaged": [
-                    {"pid": p.pid, "user": p.user, "command": p.command, "memory_mib": p.memory_mib}
-                    for p in gpu.processes
-                    if p.launch is None
-                ],
-            }
-        )
-    return rows

@@ -54,13 +54,14 @@ class Slot:
     """A GPU: what can still be promised of it (below zero where nothing may come), and whether nothing is on it.
 
     ``groups`` tells its group at each level of links, the best first: slots of one group are linked at least so
-    well. ``marks`` are the ``spread`` bits of what is there.
+    well. ``marks`` are the ``spread`` bits of what is there. A ``single`` slot takes one item at the most.
     """
 
     free_mib: int
     clean: bool = True
     marks: int = 0
     groups: tuple[int, ...] = ()
+    single: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ class Box:
         """Puts an item there; the answer takes it back."""
         undo = tuple((slot, self.free[slot], self.clean[slot], self.marks[slot]) for slot in place.slots)
         for slot, free, clean, marks in undo:
-            self.free[slot] = -1 if item.exclusive else free - place.need_mib
+            self.free[slot] = -1 if item.exclusive or self.slots[slot].single else free - place.need_mib
             self.clean[slot] = False
             self.marks[slot] = marks | item.spread
             self.taken[self.island[slot]] += clean
@@ -200,7 +201,8 @@ class Box:
         looks: dict[object, int] = {}
         static = []
         for slot, entry in enumerate(self.slots):
-            look = (entry.groups if with_links else (), tuple(slot in member for member in members))
+            member_of = tuple(slot in member for member in members)
+            look = (entry.groups if with_links else (), entry.single, member_of)
             static.append(looks.setdefault(look, len(looks)))
         whole = with_links or any(item.exclusive for item in items)
         apart = any(item.spread for item in items)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sage_reconcile.core.drift import Change, changes
-from sage_reconcile.core.lifecycle import StopCause, stop_deadline
+from sage_reconcile.core.lifecycle import StopCause, fault_note, stop_deadline
 from sage_reconcile.core.memory import lingering
 from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
 from sage_reconcile.core.plan import Action, Kind
@@ -88,9 +88,8 @@ class Standing:
                     self.kept.setdefault(launch.replica, launch)
             case Life.ALIVE:
                 self._sort_alive(launch, engine, wanted)
-        if launch.holds and not self._gpus.keys() >= set(launch.gpus):
-            missing = ", ".join(uuid for uuid in launch.gpus if uuid not in self._gpus)
-            self.notes.append(f"{launch.replica}: runs on {missing}, which this machine does not show")
+        if note := fault_note(launch, self.observed):
+            self.notes.append(note)
 
     def _sort_ended(self, launch: Launch, wanted: Engine | None) -> None:
         """Of a replica that is wanted the last ended launch stays known: its port, failures and log.

@@ -243,3 +243,8 @@ WholeNumber = Annotated[int, BeforeValidator(read_whole_number)]
 Switch = Annotated[bool, BeforeValidator(read_switch)]
 Text = Annotated[str, BeforeValidator(read_text)]
 MemoryRequest = Annotated[Memory, BeforeValidator(read_memory), PlainSerializer(str, return_type=str)]
+
+
+def printable(text: str) -> str:
+    """A text with everything escaped that a terminal would act on instead of showing it, line ends included."""
+    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)

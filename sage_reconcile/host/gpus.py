@@ -5,7 +5,7 @@ question may fail: a GPU falls off the bus, an old driver lacks a function, a us
 Such a failure costs that one answer (``None``) or that one GPU (its ``problem``), never the look.
 
 ``NvmlInventory.read`` goes over the GPUs by NVML's index. A ``_Card`` is one of them: its handle
-and its fixed facts, asked once. ``_Ask`` puts one question and remembers how it failed.
+and its fixed facts, asked once.
 Memory is in MiB; a total is rounded down, what is taken is rounded up.
 """
 
@@ -14,28 +14,17 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sage_reconcile.core.observed import Gpu, GpuProcess
+from sage_reconcile.core.observed import ComputeMode, Gpu, GpuProcess
+from sage_reconcile.host.nvml import Ask
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import ModuleType
 
 _MIB = 1 << 20
 _NUMA_WORDS = 16  # of 64 NUMA nodes each
-
-_LASTING = {3, 4, 13, 25}
-"""NVML error codes: not supported, no permission, no such function or version. Asking again will not help."""
-
-_FATAL = {
-    1: "the driver was unloaded while in use",
-    9: "the driver was unloaded while in use",
-    15: "the GPU is lost (it has fallen off the bus): see dmesg for its Xid error, and reboot",
-    16: "the GPU needs a reset: stop what runs on it, then: nvidia-smi --gpu-reset -i <its index>",
-    18: "the driver was exchanged while in use: reboot",
-}
-"""NVML error codes after which no other answer about that GPU is to be had."""
 
 _DRIVER_NOTES = {
     4: "no permission to use the NVIDIA driver: run as a user who may open /dev/nvidiactl and /dev/nvidia*",
@@ -48,45 +37,6 @@ _DRIVER_NOTES = {
 _COMPUTE = ("nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetComputeRunningProcesses_v2")
 _MPS = ("nvmlDeviceGetMPSComputeRunningProcesses_v3", "nvmlDeviceGetMPSComputeRunningProcesses_v2")
 _GRAPHICS = ("nvmlDeviceGetGraphicsRunningProcesses_v3", "nvmlDeviceGetGraphicsRunningProcesses_v2")
-
-
-class _Ask:
-    """Asks NVML about one card. What cannot be answered is None.
-
-    ``fatal`` says why no more can be known of the card. ``passing`` is set when a failure may be
-    gone next time, ``renew`` when NVML has to be let go: for a reset, or to see the GPU come back.
-    """
-
-    def __init__(self, nvml: ModuleType) -> None:
-        self.nvml = nvml
-        self.fatal = ""
-        self.passing = False
-        self.renew = False
-        self._reasons: dict[str, str] = {}
-
-    def __call__(self, function: str, *arguments: object) -> Any:  # noqa: ANN401 - pynvml has no types
-        """What the function answers, or None."""
-        if self.fatal:
-            return None
-        try:
-            if hasattr(self.nvml, function):  # an older pynvml lacks what an older driver lacks
-                return getattr(self.nvml, function)(*arguments)
-        except self.nvml.NVMLError as error:
-            self._reasons[function] = str(error)
-            self.fatal = _FATAL.get(error.value, "")
-            self.passing |= error.value not in _LASTING
-        except UnicodeDecodeError:
-            self._reasons[function] = "not a text"
-        return None
-
-    def first(self, functions: Sequence[str], *arguments: object) -> Any:  # noqa: ANN401
-        """The answer of the first of these functions that has one."""
-        answers = (self(function, *arguments) for function in functions)
-        return next((answer for answer in answers if answer is not None), None)
-
-    def why(self, function: str) -> str:
-        """In NVML's words, why the function had no answer."""
-        return self._reasons.get(function, "Function Not Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +75,8 @@ class _Look:
             memory_used_mib=gpu.memory_total_mib - gpu.memory_reserved_mib,
             processes=(),
             problem=problem,
+            faulty=True,
+            memory_told=False,
             utilization_percent=None,
             temperature_c=None,
             power_w=None,
@@ -145,7 +97,9 @@ class NvmlInventory:
         self._cards: dict[int, _Card] = {}
         self._seen: dict[str, _Seen] = {}
 
-    def read(self) -> tuple[tuple[Gpu, ...], str]:
+    def read(
+        self, also: Callable[[ModuleType, Mapping[str, tuple[object, str]]], None] | None = None
+    ) -> tuple[tuple[Gpu, ...], str]:
         """The GPUs in the order of their PCI ids, and why there are none or none can be read.
 
         ``index`` is NVML's own (the one ``nvidia-smi`` shows). A card in MIG mode is no GPU, its
@@ -156,6 +110,8 @@ class NvmlInventory:
         full, and has a ``problem``; likewise all of them if the driver goes away. If another
         GPU has taken over its index, it gets the next free one. A GPU that could never be read is
         ``unknown-<index>``.
+
+        ``also`` may ask NVML more before it is let go: it is given the handle and PCI id of each card with a UUID.
         """
         kept = self._nvml is not None
         nvml, cards, note = self._open()
@@ -169,13 +125,11 @@ class NvmlInventory:
             return _in_order(look.gpus), note
         asks = [self._read_card(nvml, index, look) for index in range(cards)]
         self._keep_places(look)
+        if also is not None:
+            also(nvml, {card.gpu.uuid: (card.handle, card.gpu.pci_id) for card in self._cards.values()})
         if any(ask.renew for ask in asks) or look.unread or self._seen.keys() - look.present:
             self.close()
         return _in_order(look.gpus), "" if look.gpus else _nothing_note(cards)
-
-    def cards(self) -> tuple[ModuleType | None, dict[str, tuple[object, str]]]:
-        """NVML while it is open, and handle and PCI id of each card of the last read, by UUID."""
-        return self._nvml, {card.gpu.uuid: (card.handle, card.gpu.pci_id) for card in self._cards.values()}
 
     def close(self) -> None:
         """Lets go of NVML; the next read starts it again."""
@@ -198,9 +152,9 @@ class NvmlInventory:
             self.close()
             return None, 0, _DRIVER_NOTES.get(error.value, f"the NVIDIA driver cannot be used ({error})")
 
-    def _read_card(self, nvml: ModuleType, index: int, look: _Look) -> _Ask:
+    def _read_card(self, nvml: ModuleType, index: int, look: _Look) -> Ask:
         """Adds the GPUs of one card to the look, or notes that it could not be read."""
-        ask = _Ask(nvml)
+        ask = Ask(nvml)
         card = self._cards.get(index) or _meet(ask, index)
         if card.gpu.problem:
             look.unread.append(card.gpu)
@@ -230,7 +184,7 @@ class NvmlInventory:
                 look.add_unreadable(gpu, "the driver no longer lists the GPU: see dmesg, and reboot")
 
 
-def _meet(ask: _Ask, index: int) -> _Card:
+def _meet(ask: Ask, index: int) -> _Card:
     """The card of that index with its fixed facts."""
     gpu = Gpu(f"unknown-{index}", index, "unknown GPU", "", 0)
     handle = ask("nvmlDeviceGetHandleByIndex", index)
@@ -254,18 +208,20 @@ def _meet(ask: _Ask, index: int) -> _Card:
     return _Card(handle, replace(gpu, uuid=uuid))
 
 
-def _no_uuid(ask: _Ask) -> str:
+def _no_uuid(ask: Ask) -> str:
     return f"the GPU cannot be told apart: its UUID cannot be read ({ask.why('nvmlDeviceGetUUID')})"
 
 
-def _read_gpus(ask: _Ask, card: _Card, before: Mapping[str, Gpu]) -> tuple[Gpu, ...]:
+def _read_gpus(ask: Ask, card: _Card, before: Mapping[str, Gpu]) -> tuple[Gpu, ...]:
     """The card as a GPU, or its MIG devices; ``before`` is what was last read of them, by UUID."""
     mig = ask("nvmlDeviceGetMigMode", card.handle)
-    mode = ask("nvmlDeviceGetComputeMode", card.handle)
-    faults = _faults(ask, card, mode)
+    mode = _compute_mode(ask, card.handle)
+    faults = _faults(ask, card)
+    card = replace(card, gpu=replace(card.gpu, compute_mode=mode, faulty=bool(faults)))
+    faults += _prohibited(card.gpu)
     temperature_c = ask("nvmlDeviceGetTemperature", card.handle, ask.nvml.NVML_TEMPERATURE_GPU)
     if not (mig and mig[0]):
-        gpu = _read_gpu(ask, card, before.get(card.gpu.uuid), faults, mode)
+        gpu = _read_gpu(ask, card, before.get(card.gpu.uuid), faults)
         rates = ask("nvmlDeviceGetUtilizationRates", card.handle)
         milliwatts = ask("nvmlDeviceGetPowerUsage", card.handle)
         power_w = None if milliwatts is None else milliwatts / 1000
@@ -280,35 +236,37 @@ def _read_gpus(ask: _Ask, card: _Card, before: Mapping[str, Gpu]) -> tuple[Gpu, 
         uuid = ask("nvmlDeviceGetUUID", handle)
         name = ask("nvmlDeviceGetName", handle) or f"{card.gpu.name} MIG"
         device = _Card(handle, replace(card.gpu, index=index, uuid=uuid or f"unknown-{index}", name=name))
-        gpu = _read_gpu(ask, device, before.get(device.gpu.uuid), faults if uuid else [*faults, _no_uuid(ask)], mode)
+        gpu = _read_gpu(ask, device, before.get(device.gpu.uuid), faults if uuid else [*faults, _no_uuid(ask)])
         gpus.append(replace(gpu, temperature_c=temperature_c))  # power and load are the whole card's
     return tuple(gpus)
 
 
-def _read_gpu(ask: _Ask, card: _Card, before: Gpu | None, faults: Sequence[str], mode: int | None) -> Gpu:
+def _read_gpu(ask: Ask, card: _Card, before: Gpu | None, faults: Sequence[str]) -> Gpu:
     """The memory of a card or MIG device and who holds it; ``faults`` are those of the whole card."""
     problems = list(faults)
     memory = _read_memory(ask, card.handle)
+    memory_told = memory is not None
     if memory is None:
         ask.renew |= ask.passing
         problems.append(f"its memory cannot be read ({ask.why('nvmlDeviceGetMemoryInfo')})")
         total_mib = before.memory_total_mib if before else 0
         memory = (total_mib, 0, total_mib)
     total_mib, reserved_mib, used_mib = memory
-    processes, computing = _read_processes(ask, card.handle)
-    if mode in (ask.nvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS, ask.nvml.NVML_COMPUTEMODE_EXCLUSIVE_THREAD):
-        problems.extend(_exclusive(computing))
+    processes, told = _read_processes(ask, card.handle)
+    if card.gpu.compute_mode is ComputeMode.EXCLUSIVE and not told:
+        problems.append("it is in exclusive-process mode, and whether a process holds it cannot be read")
     return replace(
         card.gpu,
         memory_total_mib=total_mib,
         memory_reserved_mib=reserved_mib,
         memory_used_mib=used_mib,
+        memory_told=memory_told,
         processes=processes,
         problem="; ".join(problems),
     )
 
 
-def _read_memory(ask: _Ask, handle: object) -> tuple[int, int, int] | None:
+def _read_memory(ask: Ask, handle: object) -> tuple[int, int, int] | None:
     """(total, reserved, used) in MiB. An old driver counts its reserve as used: reserved is then 0."""
     memory = ask("nvmlDeviceGetMemoryInfo", handle, ask.nvml.nvmlMemory_v2)
     reserved = 0 if memory is None else memory.reserved
@@ -319,8 +277,8 @@ def _read_memory(ask: _Ask, handle: object) -> tuple[int, int, int] | None:
     return memory.total // _MIB, _ceil_mib(reserved), _ceil_mib(memory.used)
 
 
-def _read_processes(ask: _Ask, handle: object) -> tuple[tuple[GpuProcess, ...], set[int] | None]:
-    """The processes by pid, and which of them compute (None where that cannot be read).
+def _read_processes(ask: Ask, handle: object) -> tuple[tuple[GpuProcess, ...], bool]:
+    """The processes by pid, and whether those that compute could be read.
 
     A process that both computes and draws is in two lists: it counts once, with the larger amount.
     """
@@ -330,12 +288,25 @@ def _read_processes(ask: _Ask, handle: object) -> tuple[tuple[GpuProcess, ...], 
         mib = None if process.usedGpuMemory is None else _ceil_mib(process.usedGpuMemory)
         known = [amount for amount in (mib, held.get(process.pid)) if amount is not None]
         held[process.pid] = max(known, default=None)
-    computing = None if lists[0] is None else {process.pid for listed in lists[:2] for process in listed or ()}
-    return tuple(GpuProcess(pid, mib) for pid, mib in sorted(held.items())), computing
+    computing = {process.pid for listed in lists[:2] for process in listed or ()}
+    found = (GpuProcess(pid, mib, graphics=pid not in computing) for pid, mib in sorted(held.items()))
+    return tuple(found), lists[0] is not None
 
 
-def _faults(ask: _Ask, card: _Card, mode: int | None) -> list[str]:
-    """What is wrong with the card as a whole; a reset is refused while NVML is open, so that is renewed."""
+def _compute_mode(ask: Ask, handle: object) -> ComputeMode | None:
+    """Who may compute on the card. To one process at a time it makes no difference how many threads it has."""
+    nvml = ask.nvml
+    modes = {
+        nvml.NVML_COMPUTEMODE_DEFAULT: ComputeMode.DEFAULT,
+        nvml.NVML_COMPUTEMODE_EXCLUSIVE_THREAD: ComputeMode.EXCLUSIVE,
+        nvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS: ComputeMode.EXCLUSIVE,
+        nvml.NVML_COMPUTEMODE_PROHIBITED: ComputeMode.PROHIBITED,
+    }
+    return modes.get(ask("nvmlDeviceGetComputeMode", handle))
+
+
+def _faults(ask: Ask, card: _Card) -> list[str]:
+    """What is damaged of the card; a reset is refused while NVML is open, so that is renewed."""
     faults, reset = [], f"stop what runs on it, then: nvidia-smi --gpu-reset -i {card.gpu.uuid}"
     nvml = ask.nvml
     uncorrected, volatile = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
@@ -349,19 +320,14 @@ def _faults(ask: _Ask, card: _Card, mode: int | None) -> list[str]:
     elif (rows and rows[2]) or pages:
         faults.append(f"a repair of faulty memory waits for a reset: {reset}")
     ask.renew |= bool(faults)
-    if mode == nvml.NVML_COMPUTEMODE_PROHIBITED:
-        allow = f"nvidia-smi -c DEFAULT -i {card.gpu.uuid}"
-        faults.append(f"it is in prohibited compute mode; allow processes with: {allow}")
     return faults
 
 
-def _exclusive(computing: set[int] | None) -> list[str]:
-    """Why a GPU that serves one process at a time cannot take another."""
-    if computing is None:
-        return ["it is in exclusive-process mode, and whether a process holds it cannot be read"]
-    holders = ", ".join(map(str, sorted(computing)))
-    text = f"it is in exclusive-process mode and held by process {holders}: no other can use it until that ends"
-    return [text] if computing else []
+def _prohibited(gpu: Gpu) -> list[str]:
+    """Why a GPU on which nobody may compute takes nothing new; what runs there already goes on."""
+    if gpu.compute_mode is not ComputeMode.PROHIBITED:
+        return []
+    return [f"it is in prohibited compute mode; allow processes with: nvidia-smi -c DEFAULT -i {gpu.uuid}"]
 
 
 def _in_order(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:

@@ -96,6 +96,7 @@ class LocalHost:
             models=self._models.read(desired),
             gpu_note=note,
             links=links,
+            nvlink_counts=self._links.nvlink_counts,
             problems=tuple(problems),
         )
 
@@ -108,8 +109,8 @@ class LocalHost:
         if desired.host.gpus == "none":
             return (), {}, "`host.gpus: none`"
         if desired.host.gpus == "auto":
-            gpus, note = self._nvml.read()
-            return gpus, self._links.read(*self._nvml.cards()), note
+            gpus, note = self._nvml.read(self._links.look)
+            return gpus, self._links.links, note
         usage = simulated_gpus.usage(self.state.simulated_gpus)
         gpus = declared_gpus(desired.host.declared, usage, simulated=True)
         return gpus, declared_links(desired.host.declared, gpus), ""
@@ -125,7 +126,7 @@ class LocalHost:
             stat = processes.read_stat(process.pid)
             launch = sessions.get(stat.session) if stat else members.get(process.pid)
             user, command = ("", "") if launch else _user_and_command(process.pid)
-            owned.append(GpuProcess(process.pid, process.memory_mib, user, command, launch))
+            owned.append(dataclasses.replace(process, user=user, command=command, launch=launch))
         return dataclasses.replace(gpu, processes=tuple(owned))
 
     def _undo(self, record: Record, found: Found) -> bool:

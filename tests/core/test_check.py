@@ -494,3 +494,45 @@ def test_taking_over_is_judged_at_every_step() -> None:
     assert any("GPU 0 would hold" in text for text in check_plan(wanted, machine, beside))
     stranger = having(plan, "spawn one/0", predecessor="two")
     assert any("which does not end" in text for text in check_plan(wanted, machine, stranger))
+
+
+@pytest.mark.parametrize(
+    ("launches", "strangers", "wrong"),
+    [
+        ("[{run: stay/0, gpu: 0, port: 8000}]", "", "new/0"),
+        ("[{run: stay/0, gpu: 0, port: 8000, holds: nothing}]", "", "new/0"),
+        ("[{run: stay/0, gpu: 1, port: 8000}]", "", ""),
+        ("[{run: stay/0, gpu: 1, port: 8000}]", ", strangers: [812 alice python 1GiB]", "new/0"),
+        ("[]", "", "new/0"),
+    ],
+)
+def test_several_where_one_process_may_compute(launches: str, strangers: str, wrong: str) -> None:
+    """A plan for a GPU on which many may compute must not pass where one may."""
+    engines = "{stay: {model: s, memory: 10GiB, gpus: [0, 1]}, new: {model: n, memory: 10GiB, gpus: [0]}}"
+    wanted = desired(f"version: 1\nengines: {engines}\n")
+    many, one = (
+        world(
+            yaml.safe_load(f"gpus: [{{gpu: H100 80GiB, mode: {mode}{strangers}}}, L4 24GiB]\nlaunches: {launches}"),
+            wanted,
+            NOW,
+        )
+        for mode in ("default", "exclusive-process")
+    )
+    plan = make_plan(wanted, many, NOW)
+    spawned = [action.replica for action in plan.actions if action.gpus and action.gpus[0].index == 0]
+    assert spawned == (["stay/0", "new/0"] if launches == "[]" else ["new/0"])
+    told = f"GPU 0 serves one process at a time, and spawn {wrong} would not be alone there"
+    assert check_plan(wanted, one, plan) == ([told] if wrong else [])
+
+
+def test_what_ends_or_only_draws_leaves_a_gpu_for_one_process_free() -> None:
+    text = "version: 1\nengines:\n  new: {model: n, memory: 10GiB}\n"
+    ran = desired("version: 1\nengines:\n  old: {model: s, memory: 10GiB}\n")
+    found = "launches: [{run: old/0, gpu: 0, port: 8000, id: old}]\ngpus: [{gpu: H100 80GiB, mode: exclusive-process}]"
+    machine = world(yaml.safe_load(found), ran, NOW)
+    draws = GpuProcess(7, 100, "alice", "Xorg", graphics=True)
+    gpu = replace(machine.gpus[0], processes=(*machine.gpus[0].processes, draws))
+    machine, wanted = replace(machine, gpus=(gpu,)), desired(text)
+    plan = make_plan(wanted, machine, NOW)
+    assert [action.kind for action in plan.actions] == ["stop", "spawn"]
+    assert check_plan(wanted, machine, plan) == []

@@ -6,8 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from sage_reconcile.core.lifecycle import Phase, StopCause, delay_s, failed, failures, next_try, phase, stop_deadline
-from sage_reconcile.core.observed import Exit, Launch, Life
+from sage_reconcile.core.lifecycle import (
+    Phase,
+    StopCause,
+    delay_s,
+    failed,
+    failures,
+    fault_note,
+    gpu_faults,
+    next_try,
+    phase,
+    stop_deadline,
+)
+from sage_reconcile.core.observed import Exit, Gpu, Launch, Life, Observed
 
 NOW = 10_000.0
 BORN = Launch(
@@ -42,6 +53,35 @@ def test_from_wanted_to_serving_and_away() -> None:
     assert phase(replace(stopping, life=Life.LEFTOVER), wanted=False, now=NOW + 95) is Phase.STOPPING
     assert phase(ended(stopping, NOW + 99, 0), wanted=False, now=NOW + 99) is None
     assert phase(None, wanted=False, now=NOW) is None
+
+
+def test_a_ready_replica_on_a_gpu_at_fault_is_degraded_and_no_other_phase_changes() -> None:
+    assert phase(READY, wanted=True, now=NOW, faults="GPU 0: lost") is Phase.DEGRADED
+    assert phase(READY, wanted=False, now=NOW, faults="GPU 0: lost") is Phase.DEGRADED
+    assert phase(LOADING, wanted=True, now=NOW, faults="GPU 0: lost") is Phase.STARTING
+    assert phase(replace(READY, stopping_since=NOW), wanted=True, now=NOW, faults="GPU 0: lost") is Phase.STOPPING
+    assert phase(None, wanted=True, now=NOW, faults="GPU 0: lost") is Phase.PENDING
+
+
+def test_the_faults_of_every_gpu_of_a_launch_are_told_and_of_no_other() -> None:
+    gpus = (
+        Gpu("GPU-0", 4, "H100", "", 1, problem="lost", faulty=True),
+        Gpu("GPU-1", 1, "H100", "", 1, problem="prohibited"),
+        Gpu("GPU-2", 2, "H100", "", 1, problem="2 errors", faulty=True),
+    )
+    on = replace(READY, gpus=("GPU-0", "GPU-1", "GPU-9"))
+    told = "GPU 4: lost; GPU-9 is not listed any more"
+    assert gpu_faults(on, Observed(gpus)) == told
+    assert gpu_faults(on, Observed((), gpu_note="no driver")) == "; ".join(
+        f"{uuid} is not listed any more (no driver)" for uuid in on.gpus
+    )
+    nameless = Gpu("unknown-7", 7, "unknown GPU", "", 0, problem="lost too", faulty=True)
+    gone = replace(READY, gpus=("GPU-9",))
+    assert gpu_faults(gone, Observed((*gpus, nameless))) == "GPU-9 is not listed any more (GPU 7: lost too)"
+    assert gpu_faults(replace(READY, gpus=("GPU-1",)), Observed(gpus)) == ""
+    assert gpu_faults(replace(READY, gpus=()), Observed(gpus)) == ""
+    assert fault_note(on, Observed(gpus)) == f"chat/0: runs on a GPU at fault: {told}"
+    assert fault_note(ended(on, NOW), Observed(gpus)) == ""
 
 
 def test_a_replica_that_cannot_be_proven_ours_is_unknown_wanted_or_not() -> None:

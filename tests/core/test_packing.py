@@ -39,13 +39,14 @@ def boxes(draw: st.DrawFn, most_slots: int, most_items: int) -> tuple[list[Item]
         groups = () if not island else (slot // island,)
         clean = draw(st.sampled_from([True, True, False]))
         marks = 0 if clean else draw(st.sampled_from([0, 1, 3]))
-        slots.append(Slot(draw(st.sampled_from([80, 80, 80, 53, 40, 24, -1])), clean, marks, groups))
+        single = draw(st.sampled_from([False, False, False, True]))
+        slots.append(Slot(draw(st.sampled_from([80, 80, 80, 53, 40, 24, -1])), clean, marks, groups, single))
     wanted = draw(st.lists(items(count), min_size=1, max_size=most_items))
     return [item for item in wanted for _ in range(draw(st.sampled_from([1, 1, 2])))][:most_items], slots
 
 
 def fits(box: Box, item: Item, place: Place) -> bool:
-    """The rules, written down a second time."""
+    """The rules, written down a second time; that a slot takes one item only shows in what ``filled`` counts."""
     return (
         any(place.need_mib == option.need_mib and set(place.slots) <= set(option.slots) for option in item.options)
         and len(set(place.slots)) == len(place.slots) == item.count
@@ -83,6 +84,8 @@ def everything(wanted: list[Item], slots: list[Slot]) -> tuple[list[int], Cost]:
 def filled(wanted: list[Item], slots: list[Slot], places: dict[int, Place]) -> Cost:
     """What an arrangement costs; every place in it keeps to the rules."""
     box, cost = Box(slots), (0, 0, 0)
+    single = [slot for place in places.values() for slot in place.slots if slots[slot].single]
+    assert len(set(single)) == len(single)
     for position, place in places.items():
         assert fits(box, wanted[position], place)
         added = box.cost(place)

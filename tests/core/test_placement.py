@@ -288,5 +288,7 @@ def test_every_refusal_has_its_numbers(engines: str, gpus: tuple[Gpu, ...], host
 def test_strangers_are_named_largest_first_and_not_all_of_them() -> None:
     found = [GpuProcess(pid, mib, "alice", "python") for pid, mib in ((4, None), (3, 5), (2, 9), (1, 5), (5, 1))]
     machine = Gpu("GPU-0", 0, "H100", "0", 80 * GIB, processes=(*found, GpuProcess(9, 99, launch="ours")))
-    assert strangers(machine) == "unmanaged (pid 2 alice python, pid 1 alice python, pid 3 alice python and 2 more)"
+    assert strangers(machine) == (
+        "unmanaged (pid 2 alice python 9MiB, pid 1 alice python 5MiB, pid 3 alice python 5MiB and 2 more)"
+    )
     assert strangers(gpu(0)) == "unmanaged"

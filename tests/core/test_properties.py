@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from sage_reconcile.core.check import check_plan
 from sage_reconcile.core.drift import changes
 from sage_reconcile.core.lifecycle import StopCause
-from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Link, Observed, Port
+from sage_reconcile.core.observed import ComputeMode, Exit, Gpu, GpuProcess, Launch, Life, Link, Observed, Port
 from sage_reconcile.core.plan import Plan
 from sage_reconcile.core.plan_text import plan_text
 from sage_reconcile.core.planner import make_plan
@@ -92,6 +92,7 @@ def gpus(draw: st.DrawFn, index: int, simulated: bool) -> Gpu:
         gib * GIB,
         memory_reserved_mib=draw(st.sampled_from([0, 0, 512])),
         problem=draw(st.sampled_from(["", "", "", "", "Xid 79"])),
+        compute_mode=draw(st.sampled_from([None, *ComputeMode, ComputeMode.DEFAULT])),
         simulated=simulated,
     )
 
@@ -147,7 +148,11 @@ def processes(draw: st.DrawFn, gpu: Gpu, found: list[Launch]) -> Gpu:
                 held = draw(st.sampled_from([None, 1, 10 * GIB, launch.memory_mib]))
                 listed.append(GpuProcess(next(pids), held, launch=launch.id))
     if draw(st.integers(0, 2)) == 0:
-        listed.append(GpuProcess(next(pids), draw(st.sampled_from([None, 1, 30 * GIB])), "alice", "python"))
+        listed.append(
+            GpuProcess(
+                next(pids), draw(st.sampled_from([None, 1, 30 * GIB])), "alice", "python", graphics=draw(st.booleans())
+            )
+        )
     used = sum(process.memory_mib or 0 for process in listed) + draw(st.sampled_from([0, 0, 300, 20 * GIB]))
     return replace(gpu, processes=tuple(listed), memory_used_mib=used)
 

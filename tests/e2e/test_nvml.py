@@ -244,10 +244,29 @@ def test_a_gpu_that_is_lost_while_in_use_is_told_and_takes_nothing_new(box: Box,
     assert "the GPU is lost" in lost["problem"]
     assert (lost["index"], lost["memory_free_mib"], lost["memory_total_mib"]) == (0, 0, 81920)
     assert rows["chat/0"]["pid"] == before["chat/0"], "what runs there is not touched"
+    assert rows["chat/0"]["phase"] == "Degraded"
+    assert rows["chat/0"]["reason"].startswith("GPU 0: the GPU is lost")
+    assert not status["converged"]
     assert rows["small/0"]["gpus"] == [{"index": 1, "uuid": UUIDS[1]}]
     assert rows["wide/0"]["unplaced"]
     assert "GPU 0" in rows["wide/0"]["reason"]
     assert "the GPU is lost" in rows["wide/0"]["reason"]
+
+
+def test_apply_ends_and_says_so_where_what_runs_is_on_a_gpu_at_fault(box: Box, gpus: Gpus) -> None:
+    """A command that sees the GPU only after it was lost cannot know which it is."""
+    box.write(f"chat: {vllm('20GiB')}", HOST)
+    box.run("apply", "--yes")
+    number = box.replicas()["chat/0"]["gpus"][0]["index"]
+    gpus.lose(number)
+    text = box.run("apply", "--yes", expect=1)
+    assert "error: not everything is as the file says: 1 not ready" in text
+    assert f"chat/0 is Degraded: {UUIDS[number]} is not listed any more (GPU {number}: the GPU is lost" in text
+    assert f"note: chat/0: runs on a GPU at fault: {UUIDS[number]}" in box.run("diff")
+    gpus.faults[UUIDS[number]] = {"nvmlDeviceGetTotalEccErrors": Code.UNKNOWN}
+    gpus.write()
+    box.run("apply", "--yes")
+    assert list(box.ready()) == ["chat/0"]
 
 
 def test_a_driver_that_cannot_be_used_is_told_with_the_reason(box: Box, gpus: Gpus, tmp_path: Path) -> None:

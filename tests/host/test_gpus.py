@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sage_reconcile.core.observed import Gpu, GpuProcess
+from sage_reconcile.core.observed import ComputeMode, Gpu, GpuProcess
 from tests.stand_in_nvml import (
     GIB,
     LIBRARY,
@@ -156,6 +156,7 @@ def test_eight_gpus_with_their_processes_in_the_order_of_their_pci_ids(reader):
         power_w=612.345,
         compute_capability="9.0",
         numa_node=65,
+        compute_mode=ComputeMode.DEFAULT,
     )
     assert all(gpu.processes == () and gpu.problem == "" and gpu.numa_node is None for gpu in gpus[:7])
 
@@ -184,7 +185,7 @@ def test_a_process_in_several_lists_counts_once_with_the_larger_amount(reader):
         Process(3, MIB // 2, "graphics"),
     ]
     read = read_one(reader, processes=listed)
-    assert read.processes == (GpuProcess(1, 3 * 1024), GpuProcess(2, 1024), GpuProcess(3, 1))
+    assert read.processes == (GpuProcess(1, 3 * 1024), GpuProcess(2, 1024), GpuProcess(3, 1, graphics=True))
 
 
 def test_process_memory_that_the_driver_does_not_tell_is_unknown_not_zero(reader):
@@ -244,6 +245,7 @@ def test_a_driver_that_has_next_to_no_function_still_gives_a_usable_gpu(reader_o
         ("nvmlDeviceGetPowerUsage", "power_w"),
         ("nvmlDeviceGetCudaComputeCapability", "compute_capability"),
         ("nvmlDeviceGetMemoryAffinity", "numa_node"),
+        ("nvmlDeviceGetComputeMode", "compute_mode"),
     ],
 )
 def test_one_failing_question_costs_that_answer_only(reader_on, library, function, field):
@@ -355,6 +357,8 @@ def test_a_gpu_lost_in_a_later_read_keeps_its_place_and_counts_as_full(reader, c
         memory_used_mib=TOTAL_MIB - 1,
         processes=(),
         problem=gpus[1].problem,
+        faulty=True,
+        memory_told=False,
         utilization_percent=None,
         temperature_c=None,
         power_w=None,
@@ -456,24 +460,56 @@ def test_a_gpu_whose_memory_can_no_longer_be_read_counts_as_full(reader, code):
     assert read.memory_used_mib == read.memory_total_mib == TOTAL_MIB
 
 
+UNREADABLE = dict.fromkeys((f"nvmlDeviceGetComputeRunningProcesses_v{n}" for n in (2, 3)), Code.NO_PERMISSION)
+
+
 @pytest.mark.parametrize(
-    ("processes", "faults", "problem"),
+    ("mode", "known"),
     [
-        ([], {}, ""),
-        ([Process(9, GIB, "graphics")], {}, ""),
-        ([Process(9, GIB)], {}, "held by process 9:"),
-        ([Process(9, None, "mps"), Process(8, GIB)], {}, "held by process 8, 9:"),
-        (
-            [],
-            dict.fromkeys((f"nvmlDeviceGetComputeRunningProcesses_v{n}" for n in (2, 3)), Code.NO_PERMISSION),
-            "whether a process holds it cannot be read",
-        ),
+        (Mode.DEFAULT, ComputeMode.DEFAULT),
+        (1, ComputeMode.EXCLUSIVE),
+        (Mode.PROHIBITED, ComputeMode.PROHIBITED),
+        (Mode.EXCLUSIVE_PROCESS, ComputeMode.EXCLUSIVE),
+        (77, None),
+        (None, None),
     ],
 )
-def test_exclusive_mode_is_a_problem_only_while_a_process_computes(reader, processes, faults, problem):
-    read = read_one(reader, compute_mode=Mode.EXCLUSIVE_PROCESS, processes=processes, faults=faults)
-    assert problem in read.problem
-    assert bool(problem) == bool(read.problem)
+def test_who_may_compute_is_told(reader, mode, known):
+    read = read_one(reader, compute_mode=mode, processes=[Process(9, GIB)])
+    assert read.compute_mode == known
+    assert bool(read.problem) == (mode == Mode.PROHIBITED), "whose the process is, is not known here"
+    assert not read.faulty
+
+
+def test_who_only_draws_is_told_from_who_computes(reader):
+    listed = [Process(9, GIB, "graphics"), Process(8, GIB), Process(8, GIB, "graphics"), Process(7, None, "mps")]
+    read = read_one(reader, compute_mode=Mode.EXCLUSIVE_PROCESS, processes=listed)
+    assert [(process.pid, process.graphics) for process in read.processes] == [(7, False), (8, False), (9, True)]
+
+
+def test_exclusive_mode_is_a_problem_of_its_own_only_where_nobody_tells_who_computes(reader):
+    assert read_one(reader, faults=UNREADABLE).problem == ""
+    read = read_one(reader, compute_mode=Mode.EXCLUSIVE_PROCESS, faults=UNREADABLE)
+    assert read.problem == "it is in exclusive-process mode, and whether a process holds it cannot be read"
+    assert not read.faulty
+
+
+@pytest.mark.parametrize(
+    ("facts", "faulty", "told"),
+    [
+        ({}, False, True),
+        ({"compute_mode": Mode.PROHIBITED}, False, True),
+        ({"total": None}, False, False),
+        ({"uncorrected_volatile": 1}, True, True),
+        ({"remapped": (0, 1, 1, 0)}, True, True),
+        ({"faults": {"*": Code.GPU_IS_LOST}}, True, False),
+        ({"faults": {"*": Code.RESET_REQUIRED}}, True, False),
+        ({"mig_mode": 1, "mig": [MigDevice("MIG-a", 0)], "uncorrected_volatile": 1}, True, True),
+    ],
+)
+def test_what_runs_on_a_gpu_suffers_from_damage_and_loss_only(reader, facts, faulty, told):
+    read = read_one(reader, **facts)
+    assert (read.faulty, read.memory_told) == (faulty, told)
 
 
 @pytest.mark.parametrize(
@@ -520,6 +556,7 @@ def test_mig_devices_take_the_place_of_their_card(reader):
         temperature_c=35,
         compute_capability="9.0",
         numa_node=1,
+        compute_mode=ComputeMode.DEFAULT,
     )
     assert gpus[2].memory_total_mib == 10 * 1024
     assert gpus[2].processes == ()

@@ -18,7 +18,18 @@ import yaml
 from sage_reconcile.core.declared import declared_gpus, declared_links
 from sage_reconcile.core.lifecycle import StopCause
 from sage_reconcile.core.memory import parameters_from_config, promised_mib
-from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Link, ModelFacts, Observed, Port
+from sage_reconcile.core.observed import (
+    ComputeMode,
+    Exit,
+    Gpu,
+    GpuProcess,
+    Launch,
+    Life,
+    Link,
+    ModelFacts,
+    Observed,
+    Port,
+)
 from sage_reconcile.core.resolve import secret_marks
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.core.units import read_seconds, size_mib
@@ -106,9 +117,9 @@ def _facts(facts: Mapping[str, Any]) -> ModelFacts:
 
 
 def _gpu(index: int, item: Any) -> Gpu:
-    """``H100 80GiB``, or a map with that under ``gpu``."""
+    """``H100 80GiB``, or a map with that under ``gpu``. One that is ``lost`` tells why, and nothing else."""
     fields = item if isinstance(item, dict) else {"gpu": item}
-    unknown = fields.keys() - {"gpu", "reserve", "strangers", "problem", "simulated", "used", "pci"}
+    unknown = fields.keys() - {"gpu", "reserve", "strangers", "problem", "lost", "mode", "simulated", "used", "pci"}
     assert not unknown, f"gpu: unknown keys {sorted(unknown)}"
     name, size = fields["gpu"].rsplit(" ", 1)
     return Gpu(
@@ -118,7 +129,10 @@ def _gpu(index: int, item: Any) -> Gpu:
         pci_id=fields.get("pci", f"0000:{index:02x}:00.0"),
         memory_total_mib=size_mib(size),
         memory_reserved_mib=size_mib(fields["reserve"]) if "reserve" in fields else 0,
-        problem=fields.get("problem", ""),
+        problem=fields.get("lost") or fields.get("problem", ""),
+        faulty="lost" in fields,
+        memory_told="lost" not in fields,
+        compute_mode=ComputeMode(fields["mode"]) if "mode" in fields else None,
         simulated=fields.get("simulated", False),
     )
 
@@ -126,8 +140,12 @@ def _gpu(index: int, item: Any) -> Gpu:
 def _filled(gpu: Gpu, item: Any, ours: list[GpuProcess]) -> Gpu:
     fields = item if isinstance(item, dict) else {}
     strangers = [_stranger(text) for text in fields.get("strangers", [])]
-    processes = (*ours, *strangers)
-    used = sum(process.memory_mib or 0 for process in processes)
+    processes = () if "lost" in fields else (*ours, *strangers)
+    used = (
+        gpu.memory_total_mib - gpu.memory_reserved_mib
+        if "lost" in fields
+        else sum(process.memory_mib or 0 for process in processes)
+    )
     return Gpu(
         **{name: getattr(gpu, name) for name in gpu.__slots__}
         | {"processes": processes, "memory_used_mib": size_mib(fields["used"]) if "used" in fields else used}

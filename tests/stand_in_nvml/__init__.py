@@ -78,7 +78,8 @@ class StandInGpu:
     ``used`` is without ``reserved``. ``remapped`` is (corrected, uncorrected, pending, failed),
     ``retired`` the pages as (cause, address). ``faults`` gives an error code by function name,
     ``*`` for every function; from call number ``lost_after`` + 1 on the GPU is lost.
-    ``ancestors`` is the topology level by the other GPU's index, ``nvlinks`` (link, active, PCI id).
+    ``ancestors`` is the topology level by the other GPU's index, ``nvlinks`` (link, active, PCI id
+    and, unless the driver is too old to tell, type of the other end: 0 a GPU, 2 a switch).
     """
 
     uuid: str
@@ -103,7 +104,7 @@ class StandInGpu:
     mig_mode: int | None = 0
     mig: Sequence[MigDevice] = ()
     ancestors: Mapping[int, int] = field(default_factory=dict)
-    nvlinks: Sequence[tuple[int, bool, str]] = ()
+    nvlinks: Sequence[tuple[int, bool, str] | tuple[int, bool, str, int]] = ()
     faults: Mapping[str, int] = field(default_factory=dict)
     lost_after: int | None = None
 
@@ -113,7 +114,7 @@ class StandInGpu:
             lines.append("remapped " + " ".join(map(str, self.remapped)))
         lines += [f"retired {cause} {address:x}" for cause, address in self.retired]
         lines += [f"ancestor {other} {level}" for other, level in self.ancestors.items()]
-        lines += [f"nvlink {link} {int(active)} {pci}" for link, active, pci in self.nvlinks]
+        lines += [f"nvlink {link} {int(active)} {' '.join(map(str, end))}" for link, active, *end in self.nvlinks]
         return lines + [line for device in self.mig for line in device.lines()]
 
 

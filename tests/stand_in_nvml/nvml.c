@@ -516,7 +516,7 @@ int nvmlDeviceGetTopologyCommonAncestor(handle_t one, handle_t other, uint *leve
     return NOT_SUPPORTED;
 }
 
-static const char *link_of(section in, uint link) { /* "<link> <0|1> <pci id of the other end>" */
+static const char *link_of(section in, uint link) { /* "<link> <0|1> <pci id of the other end> [<its type>]" */
     const char *text;
     for (int nth = 0; (text = fact(in, "nvlink", nth)); nth++)
         if ((uint)strtoul(text, NULL, 10) == link) return text;
@@ -536,6 +536,13 @@ int nvmlDeviceGetNvLinkRemotePciInfo_v2(handle_t handle, uint link, pci_v3 *out)
     const char *text = link_of(device, link);
     char remote[32];
     return text && sscanf(text, "%*u %*u %31s", remote) == 1 ? pci_of(remote, out) : NOT_SUPPORTED;
+}
+
+int nvmlDeviceGetNvLinkRemoteDeviceType(handle_t handle, uint link, uint *out) {
+    DEVICE(handle);
+    if (link >= MAX_LINKS) return INVALID_ARGUMENT;
+    const char *text = link_of(device, link);
+    return text && sscanf(text, "%*u %*u %*31s %u", out) == 1 ? OK : NOT_SUPPORTED;
 }
 
 int nvmlDeviceGetNvLinkCapability(handle_t handle, uint link, uint capability, uint *out) {
