@@ -75,7 +75,8 @@ def _placement_changes(engine: Engine, launch: Launch, gpus: Sequence[Gpu]) -> I
     if engine.spec.gpus != "auto":
         indexes = {gpu.uuid: gpu.index for gpu in gpus}
         pins = set(engine.spec.gpus)
-        if any(uuid not in pins and indexes.get(uuid, -1) not in pins for uuid in launch.gpus):
+        # a GPU that is not shown may be any of them: a look that failed must not restart anything
+        if any(uuid not in pins and uuid in indexes and indexes[uuid] not in pins for uuid in launch.gpus):
             runs_on = [indexes.get(uuid, uuid) for uuid in launch.gpus]
             yield Change("gpus", _text(runs_on), _text(list(engine.spec.gpus)))
     if engine.spec.port != "auto" and engine.spec.port + launch.index != launch.port:

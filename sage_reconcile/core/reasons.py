@@ -127,7 +127,7 @@ def no_room(
     """
     spec = engine.spec
     verdicts = [
-        _Verdict(book, need, book.taken.free_mib, _bar(engine, book))
+        _Verdict(book, need, book.taken.free_mib, bar(engine, book))
         for book, need in zip(books, needs, strict=True)
         if pinned(engine, book.gpu)
     ]
@@ -145,7 +145,8 @@ def no_room(
     if len(verdicts) > len(states):
         states.append(f"{len(verdicts) - len(states)} more have no more than these")
     return (
-        f"needs {amount} on {_gpus(spec.gpu_count)}{_conditions(engine)}; {_has(engine, fitting, groups)}: "
+        f"needs {amount} on {_gpus(spec.gpu_count)}{_conditions(engine)}; {_has(engine, fitting, groups)}"
+        f"{_short_of(engine, verdicts, fitting, size)}: "
         + "; ".join(states)
         + _proof(engine, verdicts, proven=proven)
     )
@@ -170,8 +171,29 @@ def _has(engine: Engine, fitting: Sequence[Book], groups: Mapping[str, int]) -> 
     return f"{has}, and no two of them are known to be so linked" if most < 2 else f"{has}, {most} of them so linked"
 
 
+def _short_of(
+    engine: Engine, verdicts: Sequence[_Verdict], fitting: Sequence[Book], size: Callable[[int], str]
+) -> str:
+    """Which limit ran out, and of memory the best that is there; nothing where an arrangement is what is missing."""
+    spec, count = engine.spec, engine.spec.gpu_count
+    models = [book.gpu.name for book in fitting]
+    if len(fitting) >= count:
+        one_model = any(models.count(name) >= count for name in models)
+        return " (short of linked ones)" if one_model and spec.link != "any" else " (short of ones of one model)"
+    with_room = [verdict for verdict in verdicts if verdict.need_mib <= verdict.free_mib]
+    if len(with_room) >= count:
+        return " (short of ones that it may use)"
+    usable = [verdict for verdict in verdicts if not verdict.bar]
+    if len(usable) < count:
+        return f" (short of GPUs: {len(usable)} of {count} may be used)" if usable or count > 1 else ""
+    best = sorted(usable, key=lambda verdict: -verdict.free_mib)[count - 1]
+    many = f"{count} with at least " if count > 1 else ""
+    where = f" on GPU {best.book.gpu.index}" if count == 1 else ""
+    return f" (short of memory: the best is {many}{size(best.free_mib)}{where})"
+
+
 def _proof(engine: Engine, verdicts: Sequence[_Verdict], *, proven: bool) -> str:
-    """Nothing where the numbers speak for themselves: where it had no place even if nothing else were started."""
+    """Whether the refusal is proven, and how where the numbers do not speak for themselves."""
     if not proven:
         return "; budget ended: no arrangement that makes room was found, and not all were tried"
     could = [
@@ -180,7 +202,7 @@ def _proof(engine: Engine, verdicts: Sequence[_Verdict], *, proven: bool) -> str
         if (not v.book.barred or v.book.started_mib) and v.need_mib <= v.free_mib + v.book.started_mib
     ]
     enough = len(could) >= engine.spec.gpu_count and any(book.started_mib for book in could)
-    return "; exact: no other arrangement of what is started makes room" if enough else ""
+    return "; exact: no other arrangement of what is started makes room" if enough else "; exact"
 
 
 def _gpus(count: int) -> str:
@@ -192,7 +214,7 @@ def _mib(mib: int) -> str:
     return f"{mib}MiB"
 
 
-def _bar(engine: Engine, book: Book) -> str:
+def bar(engine: Engine, book: Book) -> str:
     """What keeps this engine off a GPU, whatever memory is free there."""
     if book.barred:
         return f"takes nothing new ({book.barred})"
