@@ -85,9 +85,7 @@ def diff(given: Path | None, state_dir: Path | None, as_json: bool, *, allow_mov
     """``diff``."""
     path, state = file_path(given), state_folder(state_dir)
     desired = files.load(path, os.environ).desired
-    holding = state.holder()  # a daemon waits for its back-off; apply, which a person asks for, does not
-    tried = None if holding and holding.role == "daemon" else frozenset[str]()
-    seen = look(LocalHost(state, path.parent, os.environ), desired, tried=tried, allow_moves=allow_moves)
+    seen = look(LocalHost(state, path.parent, os.environ), desired, tried=tried(state), allow_moves=allow_moves)
     if as_json:
         print(json.dumps(plan_document(seen.plan), indent=2))
     else:
@@ -96,6 +94,12 @@ def diff(given: Path | None, state_dir: Path | None, as_json: bool, *, allow_mov
     if seen.plan.unplaced:
         return UNPLACED
     return 0 if seen.plan.in_sync else CHANGES
+
+
+def tried(state: StateFolder) -> frozenset[str] | None:
+    """See ``make_plan``: a daemon waits for its back-off; apply, which a person asks for, does not."""
+    holding = state.holder()
+    return None if holding and holding.role == "daemon" else frozenset()
 
 
 def apply(given: Path | None, state_dir: Path | None, *, yes: bool, allow_moves: bool) -> int:
@@ -257,7 +261,7 @@ def logs(name: str, given: Path | None, state_dir: Path | None, *, lines: int, f
     folders = sorted((state.path / "logs").glob(f"{engine}.*" if not index else f"{engine}.{index}"))
     newest = [found[0] for folder in folders if _is_of(folder, engine) and (found := log_files.newest(folder))]
     if not newest:
-        raise NotFound(f"{name} has no log in {state.path / 'logs'}; {_engines_hint(given)}")
+        raise NotFound(f"{name} has no log in {state.path / 'logs'}; {engines_hint(given)}")
     try:
         for path in newest:
             if len(newest) > 1:
@@ -275,7 +279,8 @@ def _is_of(folder: Path, engine: str) -> bool:
     return name == engine and index.isdecimal()
 
 
-def _engines_hint(given: Path | None) -> str:
+def engines_hint(given: Path | None) -> str:
+    """Which engines there are."""
     try:
         names = [engine.name for engine in files.load(file_path(given), os.environ).desired.engines]
     except FileFaults:

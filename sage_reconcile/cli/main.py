@@ -191,6 +191,19 @@ def logs(
 
 
 @app.command()
+def explain(
+    name: Annotated[str, typer.Argument(help="An engine, or one of its replicas such as chat/0.")],
+    file: File = None,
+    state_dir: State = None,
+    output: Output = "text",
+) -> None:
+    """Show why an engine is where it is, or nowhere: every GPU and its verdict. Exits 3 where it has no place."""
+    from sage_reconcile.cli.explaining import explain_name
+
+    raise Finished(explain_name(file, state_dir, name, as_json=_format(output)))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of engines.yaml."""
     from sage_reconcile.cli import commands

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sage_reconcile.core.memory import Occupancy
 from sage_reconcile.core.observed import Gpu
-from sage_reconcile.core.plan import Action, GpuMap, Move, Plan
+from sage_reconcile.core.plan import Action, GpuMap, Move, Plan, Proposal
 from sage_reconcile.core.reasons import gib, stranger_names
 
 _BAR = 20
@@ -102,15 +102,20 @@ def _named(gpus: tuple[Gpu, ...]) -> str:
 
 def _proposals(plan: Plan) -> Iterator[str]:
     for proposal in plan.proposals:
-        count = len(proposal.moves)
-        yield f"Proposal: {proposal.replica} gets in if {count} {'replica moves' if count == 1 else 'replicas move'}:"
-        for move in proposal.moves:
-            yield f"  {move.launch.replica}  {_named(move.from_gpus)} -> {_named(move.to_gpus)}  {cost(move)}"
-        yield "  Not done by itself: `apply --allow-moves` does it, or `movable: true` in the entries that move."
+        yield from proposal_lines(proposal)
         yield ""
 
 
-def cost(move: Move) -> str:
+def proposal_lines(proposal: Proposal) -> Iterator[str]:
+    """What would let a replica in, what it costs, and how to have it done."""
+    count = len(proposal.moves)
+    yield f"Proposal: {proposal.replica} gets in if {count} {'replica moves' if count == 1 else 'replicas move'}:"
+    for move in proposal.moves:
+        yield f"  {move.launch.replica}  {_named(move.from_gpus)} -> {_named(move.to_gpus)}  {_cost(move)}"
+    yield "  Not done by itself: `apply --allow-moves` does it, or `movable: true` in the entries that move."
+
+
+def _cost(move: Move) -> str:
     """What a move costs, in words."""
     took = "" if move.restart_s is None else f" (its last start took {move.restart_s:.0f}s)"
     if move.start_first:

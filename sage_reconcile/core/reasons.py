@@ -146,9 +146,7 @@ def no_room(
         states.append(f"{len(verdicts) - len(states)} more have no more than these")
     return (
         f"needs {amount} on {_gpus(spec.gpu_count)}{_conditions(engine)}; {_has(engine, fitting, groups)}"
-        f"{_short_of(engine, verdicts, fitting, size)}: "
-        + "; ".join(states)
-        + _proof(engine, verdicts, proven=proven)
+        f"{_short_of(engine, verdicts, fitting, size)}: " + "; ".join(states) + _proof(engine, verdicts, proven=proven)
     )
 
 
@@ -171,9 +169,7 @@ def _has(engine: Engine, fitting: Sequence[Book], groups: Mapping[str, int]) -> 
     return f"{has}, and no two of them are known to be so linked" if most < 2 else f"{has}, {most} of them so linked"
 
 
-def _short_of(
-    engine: Engine, verdicts: Sequence[_Verdict], fitting: Sequence[Book], size: Callable[[int], str]
-) -> str:
+def _short_of(engine: Engine, verdicts: Sequence[_Verdict], fitting: Sequence[Book], size: Callable[[int], str]) -> str:
     """Which limit ran out, and of memory the best that is there; nothing where an arrangement is what is missing."""
     spec, count = engine.spec, engine.spec.gpu_count
     models = [book.gpu.name for book in fitting]

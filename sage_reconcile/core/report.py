@@ -9,7 +9,7 @@ from typing import Any
 from sage_reconcile.core.gpu_report import gpu_rows
 from sage_reconcile.core.lifecycle import Phase, fault_note, gpu_faults, next_try, phase
 from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
-from sage_reconcile.core.plan import Action, Move, Plan
+from sage_reconcile.core.plan import Action, Move, Plan, Proposal
 from sage_reconcile.core.plan_text import summary
 from sage_reconcile.core.spec import Desired, Engine
 
@@ -26,10 +26,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "unplaced": [
             {"replica": item.replica, "reason": item.reason, "runs_on": item.runs_on} for item in plan.unplaced
         ],
-        "proposals": [
-            {"replica": proposal.replica, "moves": [_move(move) for move in proposal.moves]}
-            for proposal in plan.proposals
-        ],
+        "proposals": [proposal_document(proposal) for proposal in plan.proposals],
         "waiting": list(plan.waiting),
         "gpus": [
             {
@@ -47,6 +44,11 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "notes": list(plan.notes),
         "summary": summary(plan),
     }
+
+
+def proposal_document(proposal: Proposal) -> dict[str, Any]:
+    """What would let a replica in."""
+    return {"replica": proposal.replica, "moves": [_move(move) for move in proposal.moves]}
 
 
 def _move(move: Move) -> dict[str, Any]:

@@ -1,0 +1,168 @@
+"""Why a replica is where it is, or nowhere: every GPU with what it has free and what it means to this replica."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from sage_reconcile.core.memory import Occupancy
+from sage_reconcile.core.observed import Gpu, Link, Observed
+from sage_reconcile.core.placement import books, needs
+from sage_reconcile.core.plan import Action, Plan, Proposal
+from sage_reconcile.core.reasons import Book, bar, gib, pinned
+from sage_reconcile.core.spec import Desired, Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one GPU means to a replica once all else is as planned.
+
+    ``free_mib`` is what it has left for it, ``need_mib`` what it would take (None where that cannot be told);
+    ``chosen`` tells that it is, or will be, there.
+    """
+
+    gpu: Gpu
+    free_mib: int
+    need_mib: int | None
+    chosen: bool
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """One replica: what becomes of it, why, and what was there to choose from."""
+
+    replica: str
+    outcome: str
+    why: tuple[str, ...]
+    verdicts: tuple[Verdict, ...]
+    proposal: Proposal | None = None
+
+
+def explain(desired: Desired, observed: Observed, plan: Plan, name: str) -> list[Explanation]:
+    """Of an engine, or of one of its replicas (``chat/0``); empty where the file names none of that name."""
+    return [
+        _explained(desired, observed, plan, engine, replica)
+        for engine in desired.engines
+        for replica in engine.replicas()
+        if name in (engine.name, replica)
+    ]
+
+
+def _explained(desired: Desired, observed: Observed, plan: Plan, engine: Engine, replica: str) -> Explanation:
+    """See ``explain``; the plan tells what becomes of the replica, the GPUs without it what it could have."""
+    spawn = next((x for x in plan.actions if x.kind == "spawn" and x.replica == replica), None)
+    kept = next((x for x in plan.kept if x.launch.replica == replica), None)
+    unplaced = next((x for x in plan.unplaced if x.replica == replica), None)
+    proposal = next((x for x in plan.proposals if x.replica == replica), None)
+    pages = _without(desired, observed, plan, replica)
+    if spawn is not None:
+        chosen = [gpu.uuid for gpu in spawn.gpus]
+        outcome = f"starts on {_named(spawn.gpus)}" if spawn.gpus else "starts on the CPU"
+        why = [spawn.cause, *_when(spawn), *_choice(engine, observed, pages, spawn.gpus, spawn.memory_mib)]
+    elif kept is not None:
+        chosen = list(kept.launch.gpus)
+        outcome = f"runs on {_named(kept.gpus)}" if kept.gpus else "runs on the CPU" if not chosen else "runs"
+        why = ["what runs stays where it is: neither its entry nor the user asks for a change"]
+        why += [f"its new revision has no place: {unplaced.reason}"] if unplaced else []
+    else:
+        chosen, outcome = [], "has no place"
+        why = [unplaced.reason] if unplaced else []
+    verdicts = tuple(_verdicts(engine, observed, pages, chosen)) if engine.spec.gpu_count else ()
+    return Explanation(replica, outcome, tuple(why), verdicts, proposal)
+
+
+def _without(desired: Desired, observed: Observed, plan: Plan, replica: str) -> list[Book]:
+    """The GPUs once all is done, as if this replica were nowhere."""
+    ended = {action.launch for action in plan.actions if action.kind != "spawn"}
+    own = {launch.id for launch in observed.launches if launch.replica == replica}
+    stopping = {launch.id for launch in observed.launches if launch.stopping_since is not None}
+    pages = books(desired, observed, frozenset(ended | own | stopping))
+    by_uuid = {page.gpu.uuid: page for page in pages}
+    alone = {engine.name for engine in desired.engines if engine.spec.exclusive}
+    for action in plan.actions:
+        for gpu in action.gpus if action.kind == "spawn" and action.replica != replica else ():
+            page = by_uuid[gpu.uuid]
+            taken = page.taken
+            ours = (*taken.ours, (action.replica, action.memory_mib))
+            page.taken = Occupancy(taken.total_mib, taken.kept_back_mib, ours, taken.unmanaged_mib)
+            if action.replica.rpartition("/")[0] in alone:
+                page.alone = action.replica
+    return sorted(pages, key=lambda page: page.gpu.index)
+
+
+def _verdicts(engine: Engine, observed: Observed, pages: Sequence[Book], chosen: Sequence[str]) -> Iterator[Verdict]:
+    for page in pages:
+        need = needs(engine, page.gpu, observed)
+        here = page.gpu.uuid in chosen
+        yield Verdict(page.gpu, page.taken.free_mib, need, here, _meaning(engine, page, need, here=here))
+
+
+def _meaning(engine: Engine, page: Book, need: int | None, *, here: bool) -> str:
+    """What stands in the way, or what would be left beside it."""
+    if not pinned(engine, page.gpu):
+        return "not among its `gpus`"
+    if need is None:
+        return "its need cannot be told (`memory: auto`)"
+    if stands := bar(engine, page):
+        return f"{stands}, and it is here" if here else stands
+    free = page.taken.free_mib
+    if free < need:
+        return f"{gib(need - free)} too little" + (", and it is here" if here else "")
+    left = f"{gib(free - need)} left beside it"
+    return f"chosen, {left}" if here else f"fits, {left}" + (", nothing is on it yet" if page.clean else "")
+
+
+def _when(spawn: Action) -> list[str]:
+    if spawn.blocked:
+        return [f"cannot start here: {spawn.blocked}"]
+    waits = [f"comes after: {', '.join(spawn.after)}"] if spawn.after else []
+    return waits + ([f"waits for {spawn.waits_for}"] if spawn.waits_for else [])
+
+
+def _choice(
+    engine: Engine, observed: Observed, pages: Sequence[Book], gpus: Sequence[Gpu], memory_mib: int
+) -> Iterator[str]:
+    """Which of the rules decided for these GPUs and against those that would do too."""
+    if not gpus:
+        return
+    own = {gpu.uuid for gpu in gpus}
+    by_uuid = {page.gpu.uuid: page for page in pages}
+    others = [
+        page
+        for page in pages
+        if page.gpu.uuid not in own
+        and pinned(engine, page.gpu)
+        and not bar(engine, page)
+        and page.taken.free_mib >= (needs(engine, page.gpu, observed) or memory_mib)
+    ]
+    if len(gpus) > 1:
+        yield f"its ranks are joined by {_joined(gpus, observed.links)}"
+    if not others:
+        yield "no other GPU would do" if len(gpus) == 1 else "no other GPU would do for one of its ranks"
+        return
+    mine = [by_uuid[gpu.uuid] for gpu in gpus]
+    if any(page.clean for page in others) and not any(page.clean for page in mine):
+        yield "GPUs on which nothing is yet are left whole for what needs them"
+    tightest = min(page.taken.free_mib for page in others)
+    if max(page.taken.free_mib for page in mine) < tightest:
+        yield "of those that would do it leaves least free"
+    elif max(page.taken.free_mib for page in mine) == tightest:
+        yield "others would do as well: the order of PCI ids decided"
+    else:
+        yield "others would do too: this arrangement of all that starts links best, touches fewest GPUs, or lets most in"
+
+
+def _joined(gpus: Sequence[Gpu], links: Mapping[frozenset[str], Link]) -> str:
+    """The worst link between any two of them, as far as it is known."""
+    order = list(Link)
+    pairs = [links.get(frozenset((one.uuid, other.uuid))) for one, other in combinations(gpus, 2)]
+    known = [link for link in pairs if link is not None]
+    if len(known) < len(pairs):
+        return "links of which not all are known"
+    return f"{max(known, key=order.index).name} or better"
+
+
+def _named(gpus: Sequence[Gpu]) -> str:
+    return f"{'GPU' if len(gpus) == 1 else 'GPUs'} {','.join(str(gpu.index) for gpu in gpus)}"
