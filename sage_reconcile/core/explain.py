@@ -151,7 +151,7 @@ def _choice(
     elif max(page.taken.free_mib for page in mine) == tightest:
         yield "others would do as well: the order of PCI ids decided"
     else:
-        yield "others would do too: this arrangement of all that starts links best, touches fewest GPUs, or lets most in"
+        yield "others would do too: this arrangement of all that starts links best, or touches fewest GPUs"
 
 
 def _joined(gpus: Sequence[Gpu], links: Mapping[frozenset[str], Link]) -> str:

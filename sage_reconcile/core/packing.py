@@ -1,35 +1,37 @@
 """Packing, without a word about engines: which items go onto which slots, exactly where the budget allows it.
 
 Items are admitted in the order in which they are given: an item gets in if and only if it and all that got in
-before it can be placed together. Three greedy orders come first, then an exact depth-first search where they
-leave something out; a last search looks for an arrangement of what got in that costs less.
+before it can be placed together. Three greedy orders come first. Where they leave something out an exact search says
+whether all of them fit (``filling``, or ``search`` for what that cannot tell), and if not, who does, one after
+another. Then what got in is arranged so that it costs less (``tidying``).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, compress
 
-from sage_reconcile.core.slots import Box, Cost, Item, Place, Slot, Undo, choices
+from sage_reconcile.core.filling import can_fill, filled
+from sage_reconcile.core.search import Bounds, hardest_first, search
+from sage_reconcile.core.slots import Box, Budget, Cost, Item, Place, Slot, plus
+from sage_reconcile.core.tidying import tidied
 
-BUDGET = 18_000
+BUDGET = 11_000
 """Looks at a slot that one plan may spend on searching, over all its checks.
 
 A set of slots that a search tries costs one look for each slot of the box; a greedy pass, whose looks are lighter,
-one for every two. So the same input ends at the same place on any machine. Calibrated on 100 full and 100 crowded boxes
-each of 8 and 16 GPUs: the dearest plan took 60 ms of one core of a busy 2-core machine, and the 99th of 100 58 ms
-(``tests/benchmarks/placement.py`` measures it).
+one for every two. So the same input ends at the same place on any machine. Calibrated on 200 full and 200 crowded
+boxes each of 8 and 16 GPUs, on a 2-core machine with twice as much to do as it can: the 99th of 100 plans took 18 ms of
+one core for 8 GPUs and 57 ms for 16 (``tests/benchmarks/placement.py`` measures it).
 """
-_TIDY = 2_000
-"""Looks for making a plan cheaper once it is known who gets in: some 250 arrangements on 8 GPUs."""
+_SHARE = 2
+"""One search may spend this part of what is left, so that those who come later get theirs."""
+_FIRST = 1_000
+"""Looks that may be spent on going item by item before going slot by slot: that ends soon where few decide it."""
 _GREEDY_LOOKS = 2
 """Looks of a greedy pass that take the time of one of the search."""
 _BOUND_LOOKS = 24
 """What working out the bounds of a check takes for each item, in looks of a greedy pass."""
-_MOST_NEEDS = 24
-"""Of so many different needs at the most it is counted whether there is room for all that are as large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,27 +42,21 @@ class Packed:
     refused: Mapping[int, bool]
 
 
-@dataclass(slots=True)
-class _Budget:
-    left: int
-
-
-def _plus(one: Cost, other: Cost) -> Cost:
-    return one[0] + other[0], one[1] + other[1], one[2] + other[2]
-
-
 def pack(items: Sequence[Item], slots: Sequence[Slot], budget: int = BUDGET) -> Packed:
     """A place for every item that gets in; the same input gives the same answer, always."""
     box = Box(slots)
     everything = list(range(len(items)))
     placed = _greedy(items, everything, box)
     if placed is not None:
-        return Packed(_tidied(items, placed, box), {})
-    admission = _Admission(items, box, _Budget(budget))
+        return Packed(tidied(items, placed, box), {})
+    admission = _Admission(items, box, Budget(budget))
+    placed = admission.searched(everything, 0)[0]
+    if placed is not None:
+        return Packed(tidied(items, placed, box), {})
     for position in everything:
         admission.admit(position)
     again = _greedy(items, list(admission.placed), box)
-    places = _tidied(items, again or admission.placed, box)
+    places = tidied(items, again or admission.placed, box)
     refused = dict(admission.refused)
     full = box.with_places(items, places)
     for position in [position for position, proven in refused.items() if not proven]:
@@ -72,22 +68,28 @@ def pack(items: Sequence[Item], slots: Sequence[Slot], budget: int = BUDGET) -> 
     return Packed(places, refused)
 
 
+Answer = tuple[dict[int, Place] | None, bool]
+"""A place for each; or None, and whether it is proven that there is none."""
+
+
 @dataclass(slots=True)
 class _Admission:
     """Who got in so far, with a witness: one arrangement of them all."""
 
     items: Sequence[Item]
     box: Box
-    budget: _Budget
+    budget: Budget
     placed: dict[int, Place] = field(default_factory=dict)
     refused: dict[int, bool] = field(default_factory=dict)
-    _hopeless: set[Item] = field(default_factory=set)
+    _failed: list[tuple[Item, bool]] = field(default_factory=list)
+    """What did not get in, and whether that is proven: what asks for as much is then refused, or not searched for."""
     _witness: Box | None = None
 
     def admit(self, position: int) -> None:
         """Lets one more in, or says that it cannot be, and whether that is proven."""
         item = self.items[position]
-        if item in self._hopeless or self.box.best(item) is None:
+        easier = [proven for failed, proven in self._failed if item.asks_as_much_as(failed)]
+        if any(easier) or self.box.best(item) is None:
             self.refused[position] = True
             return
         if self._witness is None:
@@ -97,33 +99,44 @@ class _Admission:
             self._witness.put(item, place)
             self.placed[position] = place
             return
-        placed, proven = self._rearranged([*self.placed, position])
+        placed, proven = self._rearranged([*self.placed, position], thorough=not easier)
         if placed is not None:
             self.placed, self._witness = placed, None
             return
         self.refused[position] = proven
-        if proven:
-            self._hopeless.add(item)
+        if proven or not easier:
+            self._failed.append((item, proven))
 
-    def _rearranged(self, positions: list[int]) -> tuple[dict[int, Place] | None, bool]:
-        """All of them placed, or None and whether it is proven that they cannot be.
+    def _rearranged(self, positions: list[int], *, thorough: bool) -> Answer:
+        """All of them placed, or None and whether it is proven that they cannot be."""
+        self.budget.left -= len(positions) * len(self.box.free) // _GREEDY_LOOKS
+        placed = _greedy(self.items, positions, self.box) if self.budget.left > 0 else None
+        return (placed, False) if placed is not None else self.searched(positions, _FIRST, thorough=thorough)
 
-        One check may spend half of what is left, so that those who come later get their part.
-        """
-        self.budget.left -= len(positions) * (len(self.box.free) + _BOUND_LOOKS) // _GREEDY_LOOKS
+    def searched(self, positions: list[int], first: int, *, thorough: bool = True) -> Answer:
+        """The same where no greedy order places them; ``first`` may be spent on going item by item."""
+        self.budget.left -= len(positions) * _BOUND_LOOKS // _GREEDY_LOOKS
         if self.budget.left <= 0:
             return None, False
-        bounds = Bounds(self.items, _hardest_first(self.items, positions), self.box)
+        bounds = Bounds(self.items, hardest_first(self.items, positions), self.box)
         if not bounds.allow(self.box, 0):
             return None, True
-        share = _Budget(self.budget.left // 2)
-        placed = _greedy(self.items, positions, self.box)
-        if placed is not None:
-            return placed, False
-        before = share.left
-        placed, complete = _search(bounds, self.box, share, None)
-        self.budget.left -= before - share.left
-        return placed, complete
+        if not thorough:
+            return None, False
+        if not can_fill(self.items, positions, self.box):
+            return self._spent(self.budget.left, lambda share: search(bounds, self.box, share, None))
+        placed, proven = self._spent(first, lambda share: search(bounds, self.box, share, None))
+        if placed is not None or proven:
+            return placed, proven
+        return self._spent(self.budget.left, lambda share: filled(self.items, positions, self.box, share))
+
+    def _spent(self, most: int, look: Callable[[Budget], Answer]) -> Answer:
+        """What a search finds that may spend so much, and no more than its share of what is left."""
+        share = Budget(min(most, self.budget.left // _SHARE))
+        self.budget.left -= share.left
+        found = look(share)
+        self.budget.left += share.left
+        return found
 
 
 def _orders(items: Sequence[Item], positions: Iterable[int]) -> Iterator[list[int]]:
@@ -132,17 +145,6 @@ def _orders(items: Sequence[Item], positions: Iterable[int]) -> Iterator[list[in
     yield sorted(given, key=lambda p: (not items[p].exclusive, -items[p].count * items[p].least))
     yield sorted(given, key=lambda p: (not items[p].exclusive, -items[p].least, -items[p].count))
     yield given
-
-
-def _hardest_first(items: Sequence[Item], positions: Iterable[int]) -> list[int]:
-    """The order of the exact search: what can go to the fewest arrangements first, equals side by side."""
-    numbers: dict[Item, int] = {}
-    for position in sorted(positions):
-        numbers.setdefault(items[position], len(numbers))
-    return sorted(
-        sorted(positions),
-        key=lambda p: (not items[p].exclusive, -items[p].count * items[p].least, numbers[items[p]]),
-    )
 
 
 def _greedy(items: Sequence[Item], positions: Sequence[int], box: Box) -> dict[int, Place] | None:
@@ -156,144 +158,10 @@ def _greedy(items: Sequence[Item], positions: Sequence[int], box: Box) -> dict[i
             place = trial.best(items[position])
             if place is None:
                 break
-            cost = _plus(cost, trial.cost(place))
+            cost = plus(cost, trial.cost(place))
             trial.put(items[position], place)
             placed[position] = place
         else:
             if best is None or cost < best[0]:
                 best = (cost, placed)
     return best[1] if best else None
-
-
-def _tidied(items: Sequence[Item], placed: dict[int, Place], box: Box) -> dict[int, Place]:
-    """The same items in the cheapest arrangement that a short search finds; as they were where there is none."""
-    if not placed:
-        return {}
-    bounds = Bounds(items, _hardest_first(items, placed), box)
-    trial, cost = box.copy(), (0, 0, 0)
-    for position in bounds.order:
-        cost = _plus(cost, trial.cost(placed[position]))
-        trial.put(items[position], placed[position])
-    if cost <= _plus((bounds.least_links(box), 0, 0), bounds.least_cost(box, 0)):
-        return dict(placed)
-    better, _ = _search(bounds, box, _Budget(_TIDY), cost)
-    return better or dict(placed)
-
-
-class _Fill(dict[int, int]):
-    """How much of so much room some of the needs can fill at most: the largest of their sums that is not above it."""
-
-    def __init__(self, sums: int) -> None:
-        super().__init__()
-        self.sums = sums
-
-    def __missing__(self, room: int) -> int:
-        fill = (self.sums & ((1 << (room + 1)) - 1)).bit_length() - 1 if room > 0 else 0
-        self[room] = fill
-        return fill
-
-
-class Bounds:
-    """What must hold for the rest of an order to have a place at all, and what it costs at the least."""
-
-    def __init__(self, items: Sequence[Item], order: Sequence[int], box: Box) -> None:
-        self.items = [items[position] for position in order]
-        self.order = list(order)
-        self.volume = [0] * (len(order) + 1)
-        sums = [1] * (len(order) + 1)
-        mask = (1 << (max([0, *box.free]) + 1)) - 1
-        for depth in range(len(order) - 1, -1, -1):
-            item = self.items[depth]
-            self.volume[depth] = self.volume[depth + 1] + item.count * item.least
-            for need in {0, *(option.need_mib for option in item.options)}:
-                sums[depth] |= (sums[depth + 1] << need) & mask
-        self._fills = [_Fill(reachable) for reachable in sums]
-        self._found_ranks: dict[int, list[tuple[int, int]]] = {}
-
-    def _ranks(self, depth: int) -> list[tuple[int, int]]:
-        """For needs in the rest, the largest first: how many ranks need as much or more. Of many needs a few."""
-        if depth not in self._found_ranks:
-            counts: dict[int, int] = {}
-            for item in self.items[depth:]:
-                counts[item.least] = counts.get(item.least, 0) + item.count
-            needs = sorted(counts, reverse=True)
-            row = [
-                (need, ranks) for need, ranks in zip(needs, accumulate(counts[n] for n in needs), strict=True) if need
-            ]
-            self._found_ranks[depth] = row[:: 1 + len(row) // _MOST_NEEDS]
-        return self._found_ranks[depth]
-
-    def allow(self, box: Box, depth: int) -> bool:
-        """Whether the rest may still have a place: False is proof that it has none."""
-        if sum(map(self._fills[depth].__getitem__, box.free)) < self.volume[depth]:
-            return False
-        left = len(self.items) - depth
-        free = sorted(box.free)
-        for need, total in self._ranks(depth):
-            if total > sum([min(room // need, left) for room in free[bisect_left(free, need) :]]):
-                return False
-        return True
-
-    def least_links(self, box: Box) -> int:
-        """The least that the links of all items can cost."""
-        return sum(box.least_link(item) for item in self.items)
-
-    def least_cost(self, box: Box, depth: int) -> Cost:
-        """Whole slots and islands that the rest must take at the least, since what is taken already is too small."""
-        whole = list(compress(box.free, box.clean))
-        inside = sum(map(self._fills[depth].__getitem__, box.free))
-        inside -= sum(map(self._fills[depth].__getitem__, whole))
-        largest = max(whole, default=0)
-        missing = self.volume[depth] - inside
-        count = -(-missing // largest) if missing > 0 and largest > 0 else 0
-        return 0, int(count > box.open_slots()), count
-
-
-def _search(bounds: Bounds, box: Box, budget: _Budget, below: Cost | None) -> tuple[dict[int, Place] | None, bool]:
-    """Depth first through all arrangements: the first one, or with ``below`` the cheapest that costs less.
-
-    The second value tells whether all were looked at. Slots that look alike are tried once, and so is a state
-    that was reached before at no more cost.
-    """
-    if not bounds.items:
-        return ({}, True) if below is None else (None, True)
-    box, found, best = box.copy(), None, below
-    view = box.view(bounds.items, with_links=below is not None)
-    seen: dict[tuple[object, ...], Cost] = {}
-    path: list[tuple[Place, Undo]] = []
-    costs: list[Cost] = [(0, 0, 0)]
-    stack = [choices(box, bounds.items[0], view)]
-    width = len(box.free)
-    while stack:
-        place = next(stack[-1], None)
-        budget.left -= width
-        if place is None or budget.left < 0:
-            stack.pop()
-            if path:
-                box.undo(path.pop()[1])
-                costs.pop()
-            if budget.left < 0:
-                return found, False
-            continue
-        depth = len(path) + 1
-        cost = (0, 0, 0) if below is None else _plus(costs[-1], box.cost(place))
-        undo = box.put(bounds.items[depth - 1], place)
-        if depth == len(bounds.items):
-            if best is None or cost < best:
-                found = dict(zip(bounds.order, [*(step for step, _ in path), place], strict=True))
-                best = cost
-                if below is None:
-                    return found, False
-            box.undo(undo)
-            continue
-        key = (depth, *sorted(view()))
-        known = seen.get(key)
-        hopeless = (known is not None and known <= cost) or not bounds.allow(box, depth)
-        if hopeless or (best is not None and _plus(cost, bounds.least_cost(box, depth)) >= best):
-            box.undo(undo)
-            continue
-        seen[key] = cost
-        path.append((place, undo))
-        costs.append(cost)
-        stack.append(choices(box, bounds.items[depth], view))
-    return found, True

@@ -175,10 +175,10 @@ def _short_of(engine: Engine, verdicts: Sequence[_Verdict], fitting: Sequence[Bo
     models = [book.gpu.name for book in fitting]
     if len(fitting) >= count:
         one_model = any(models.count(name) >= count for name in models)
-        return " (short of linked ones)" if one_model and spec.link != "any" else " (short of ones of one model)"
+        return " (short of linked GPUs)" if one_model and spec.link != "any" else " (short of GPUs of one model)"
     with_room = [verdict for verdict in verdicts if verdict.need_mib <= verdict.free_mib]
     if len(with_room) >= count:
-        return " (short of ones that it may use)"
+        return " (short of GPUs that it may use)"
     usable = [verdict for verdict in verdicts if not verdict.bar]
     if len(usable) < count:
         return f" (short of GPUs: {len(usable)} of {count} may be used)" if usable or count > 1 else ""

@@ -14,6 +14,13 @@ Look = tuple[int, int, int, int]
 View = Callable[[], list[Look]]
 
 
+@dataclass(slots=True)
+class Budget:
+    """What a search may still spend, in looks at a slot, so that the same input ends at the same place anywhere."""
+
+    left: int
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """One way of placing an item: ``need_mib`` on each of any of these slots, of which it takes its count."""
@@ -44,6 +51,19 @@ class Item:
     def _hash(self) -> int:
         return hash((self.count, self.options, self.spread, self.exclusive))
 
+    def asks_as_much_as(self, other: Item) -> bool:
+        """Whether every place for this would be one for the other: False also where that is not seen at once."""
+        return (
+            self.count >= other.count
+            and self.exclusive >= other.exclusive
+            and not other.spread & ~self.spread
+            and len(self.options) == len(other.options)
+            and all(
+                mine.need_mib >= its.need_mib and mine.slots == its.slots
+                for mine, its in zip(self.options, other.options, strict=True)
+            )
+        )
+
     def __hash__(self) -> int:
         """Worked out once: options name up to a thousand slots."""
         return self._hash
@@ -70,6 +90,11 @@ class Place:
 
     need_mib: int
     slots: tuple[int, ...]
+
+
+def plus(one: Cost, other: Cost) -> Cost:
+    """What both cost."""
+    return one[0] + other[0], one[1] + other[1], one[2] + other[2]
 
 
 class Box:

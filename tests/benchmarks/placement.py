@@ -3,8 +3,9 @@
 Two kinds of boxes. A *full* one is cut into engines that fill it to the last MiB, so that the best packing is known;
 its engines stand in the file in random order. A *crowded* one gets 20 % more engines than it has memory, some GPUs
 being in use by others. Each way of placing takes the engines in file order and never moves one that it has placed;
-ours arranges them together. Where ``ortools`` is installed its CP-SAT solver checks every refusal on part of the
-boxes: the reference is what admission one after another comes to with that solver.
+ours arranges them together. With the extra ``bench`` installed (``pip install -e '.[bench]'``) the CP-SAT solver of
+``ortools`` checks every refusal on part of the boxes: the reference is what admission one after another comes to with
+that solver and a second for each.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import cold_diff, core_pass, edit_to_exec, idle, placement
+from tests.benchmarks import cold_diff, core_pass, edit_to_exec, idle, openb, placement
 from tests.benchmarks.figures import Figure, p99, table
 
 
@@ -41,3 +42,43 @@ def test_the_table_says_what_misses_its_target() -> None:
 def test_p99_of_few_values_is_the_largest() -> None:
     assert p99([3.0, 1.0, 2.0]) == 3.0
     assert p99(list(range(1, 201))) == 198
+
+
+def test_a_full_box_is_full_and_a_crowded_one_asks_for_more_than_there_is() -> None:
+    for seed in range(5):
+        assert placement.full(seed, 8).share(range(len(placement.full(seed, 8).items))) == 100
+        assert placement.crowded(seed, 8).share(range(len(placement.crowded(seed, 8).items))) >= 120
+
+
+def test_what_is_measured_of_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "solver", lambda: None)
+    names = [figure.what for figure in placement.measure(boxes=1, checked=1, count=3)]
+    assert "full box, 8 GPUs: gap to the best known" in names
+    assert "crowded box, 8 GPUs: gap to the best known" not in names, "that takes the solver"
+    assert [name for name in names if name.startswith("3 replicas")] == [
+        "3 replicas on 3 GPUs, all fit",
+        "3 replicas on 2 GPUs, crowded",
+    ]
+
+
+def test_the_replay_of_a_small_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two nodes of two GPUs, and tasks that ask for half a GPU, a whole one, and two."""
+    (tmp_path / "openb_node_list_gpu_node.csv").write_text(
+        "sn,cpu_milli,memory_mib,gpu,model\na,64000,262144,2,T4\nb,64000,262144,2,P100\n"
+    )
+    tasks = [("0", 1, 500, ""), ("1", 1, 1000, "T4"), ("2", 2, 1000, "P100|T4"), ("3", 1, 500, "")]
+    lines = [f"pod-{name},4000,8192,{gpus},{milli},{models}" for name, gpus, milli, models in tasks]
+    (tmp_path / "openb_pod_list_default.csv").write_text(
+        "\n".join(["name,cpu_milli,memory_mib,num_gpu,gpu_milli,gpu_spec", *lines]) + "\n"
+    )
+    (tmp_path / "expected_unallocated_percent.csv").write_text("trace,policy,at100\ndefault,FGD,4.77\nother,FGD,1\n")
+    openb.run(tmp_path, "default", [1, 2])
+    heading, *told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert heading[0] == "default:"
+    assert [words[0] for words in told] == ["ours", "best", "random", "authors'"]
+    for words in told[:3]:
+        assert words[-1] == "decisions/s"
+        mean, *each = [float(word.strip("()")) for word in words if "." in word]
+        assert mean == pytest.approx(sum(each) / 2, abs=0.01)
+        assert all(0 <= share < 100 for share in each)
+    assert told[3] == ["authors'", "FGD", "4.77"]

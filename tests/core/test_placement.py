@@ -153,7 +153,8 @@ def test_replicas_that_are_spread_share_no_gpu() -> None:
     assert (found["a/0"], found["a/1"], found["a/2"]) == ([0], [1], None)
     assert found["b/0"] == found["b/1"]
     assert placed(three, gpu(0), gpu(1))["a/2"] == (
-        "needs 10.0GiB on 1 GPU without another replica of it (`spread: gpu`); none has that free: GPU 0 has a/0 "
+        "needs 10.0GiB on 1 GPU without another replica of it (`spread: gpu`); none has that free"
+        " (short of GPUs that it may use): GPU 0 has a/0 "
         "already; GPU 1 has a/1 already; exact: no other arrangement of what is started makes room"
     )
 
@@ -163,12 +164,13 @@ def test_an_exclusive_engine_takes_gpus_that_nothing_is_on_and_keeps_them() -> N
     assert where(engines, gpu(0, used=5), gpu(1)) == {"a/0": [1], "b/0": [0], "c/0": [0]}
     assert where(engines, gpu(0)) == {"a/0": [0], "b/0": None, "c/0": None}
     assert placed(engines, gpu(0, used=5))["a/0"] == (
-        "needs 10.0GiB on 1 GPU with nothing else on it (`exclusive: true`); none has that free: GPU 0 is not free of "
+        "needs 10.0GiB on 1 GPU with nothing else on it (`exclusive: true`); none has that free"
+        " (short of GPUs that it may use): GPU 0 is not free of "
         "others (b/0 10.0GiB, c/0 1.0GiB, unmanaged 5.0GiB); exact: no other arrangement of what is started makes room"
     )
     assert placed(engines, gpu(0))["b/0"] == (
-        "needs 10.0GiB on 1 GPU; none has that free: GPU 0 is for a/0 alone (`exclusive: true`); "
-        "exact: no other arrangement of what is started makes room"
+        "needs 10.0GiB on 1 GPU; none has that free (short of GPUs that it may use): GPU 0 is for a/0 alone "
+        "(`exclusive: true`); exact: no other arrangement of what is started makes room"
     )
 
 
@@ -204,20 +206,20 @@ def test_a_link_that_is_required_is_kept_to() -> None:
     free = "GPU 0 has 80.0GiB of 80GiB free; GPU 1 has 80.0GiB of 80GiB free"
     assert (
         placed(nvlink, *box[:2])["a/0"]
-        == f"{need}2 have that free, and no two of them are known to be so linked: {free}"
+        == f"{need}2 have that free, and no two of them are known to be so linked (short of linked GPUs): {free}; exact"
     )
     four = nvlink.replace("size: 2", "size: 4")
     reason = placed(four, *box, links=islands((0, 1), (2, 3), between=Link.NODE))["a/0"]
-    assert "4 have that free, 2 of them so linked" in reason
+    assert "4 have that free, 2 of them so linked (short of linked GPUs)" in reason
 
 
 def test_of_many_gpus_the_best_are_told() -> None:
     box = tuple(gpu(index, used=70 if index < 20 else 60) for index in range(30))
     reason = placed("a: {model: m, memory: 30GiB}", *box)["a/0"]
     assert isinstance(reason, str)
-    assert reason.count(" free (") == 16
+    assert reason.count(" free (un") == 16
     assert "GPU 29 has 20.0GiB" in reason
-    assert reason.endswith("; 14 more have no more than these")
+    assert reason.endswith("; 14 more have no more than these; exact")
 
 
 @pytest.mark.parametrize(
@@ -241,43 +243,57 @@ def test_of_many_gpus_the_best_are_told() -> None:
             "a: {model: a, memory: 81GiB}",
             (gpu(0),),
             "{}",
-            "needs 81.0GiB on 1 GPU; none has that free: GPU 0 has 80.0GiB of 80GiB free",
+            (
+                "needs 81.0GiB on 1 GPU; none has that free (short of memory: the best is 80.0GiB on GPU 0): GPU 0 has "
+                "80.0GiB of 80GiB free; exact"
+            ),
         ),
         (
             "a: {model: a, memory: 40GiB, tensor_parallel_size: 2}",
             (gpu(0), gpu(1, used=50)),
             "{}",
             (
-                "needs 40.0GiB on 2 GPUs of one model; 1 has that free: GPU 0 has 80.0GiB of 80GiB free; "
-                "GPU 1 has 30.0GiB of 80GiB free (unmanaged 50.0GiB)"
+                "needs 40.0GiB on 2 GPUs of one model; 1 has that free (short of memory: the best is 2 with at "
+                "least 30.0GiB): GPU 0 has 80.0GiB of 80GiB free; "
+                "GPU 1 has 30.0GiB of 80GiB free (unmanaged 50.0GiB); exact"
             ),
         ),
         (
             "a: {model: a, memory: 40GiB}",
             (gpu(0, problem="ECC errors"),),
             "{headroom: 1GiB}",
-            "needs 40.0GiB on 1 GPU; none has that free: GPU 0 takes nothing new (ECC errors)",
+            (
+                "needs 40.0GiB on 1 GPU; none has that free (short of GPUs that it may use): GPU 0 takes nothing new "
+                "(ECC errors); exact"
+            ),
         ),
         (
             "a: {model: a, memory: 40GiB, gpus: [0]}",
             (gpu(0, used=70), gpu(1)),
             "{headroom: 1GiB}",
             (
-                "needs 40.0GiB on 1 GPU (`gpus: [0]`); none has that free: GPU 0 has 9.0GiB of 80GiB free "
-                "(unmanaged 70.0GiB, reserve and headroom 1.0GiB)"
+                "needs 40.0GiB on 1 GPU (`gpus: [0]`); none has that free (short of memory: the best is 9.0GiB on "
+                "GPU 0): GPU 0 has 9.0GiB of 80GiB free "
+                "(unmanaged 70.0GiB, reserve and headroom 1.0GiB); exact"
             ),
         ),
         (
             "a: {model: a, memory: 30721MiB}",
             (gpu(0, used=50),),
             "{}",
-            "needs 30721MiB on 1 GPU; none has that free: GPU 0 has 30720MiB of 80GiB free (unmanaged 50.0GiB)",
+            (
+                "needs 30721MiB on 1 GPU; none has that free (short of memory: the best is 30720MiB on GPU 0): GPU 0 has "
+                "30720MiB of 80GiB free (unmanaged 50.0GiB); exact"
+            ),
         ),
         (
             "a: {model: a-7b}",
             (gpu(0, used=70),),
             "{}",
-            "needs auto = 17.6GiB on 1 GPU; none has that free: GPU 0 has 10.0GiB of 80GiB free (unmanaged 70.0GiB)",
+            (
+                "needs auto = 17.6GiB on 1 GPU; none has that free (short of memory: the best is 10.0GiB on GPU 0): GPU 0 "
+                "has 10.0GiB of 80GiB free (unmanaged 70.0GiB); exact"
+            ),
         ),
     ],
 )
