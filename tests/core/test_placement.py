@@ -282,8 +282,8 @@ def test_of_many_gpus_the_best_are_told() -> None:
             (gpu(0, used=50),),
             "{}",
             (
-                "needs 30721MiB on 1 GPU; none has that free (short of memory: the best is 30720MiB on GPU 0): GPU 0 has "
-                "30720MiB of 80GiB free (unmanaged 50.0GiB); exact"
+                "needs 30721MiB on 1 GPU; none has that free (short of memory: the best is 30720MiB on GPU 0): GPU 0 "
+                "has 30720MiB of 80GiB free (unmanaged 50.0GiB); exact"
             ),
         ),
         (
@@ -291,8 +291,8 @@ def test_of_many_gpus_the_best_are_told() -> None:
             (gpu(0, used=70),),
             "{}",
             (
-                "needs auto = 17.6GiB on 1 GPU; none has that free (short of memory: the best is 10.0GiB on GPU 0): GPU 0 "
-                "has 10.0GiB of 80GiB free (unmanaged 70.0GiB); exact"
+                "needs auto = 17.6GiB on 1 GPU; none has that free (short of memory: the best is 10.0GiB on GPU 0): "
+                "GPU 0 has 10.0GiB of 80GiB free (unmanaged 70.0GiB); exact"
             ),
         ),
     ],
