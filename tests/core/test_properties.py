@@ -14,7 +14,7 @@ from sage_reconcile.core.check import check_plan
 from sage_reconcile.core.drift import changes
 from sage_reconcile.core.lifecycle import StopCause
 from sage_reconcile.core.observed import ComputeMode, Exit, Gpu, GpuProcess, Launch, Life, Link, Observed, Port
-from sage_reconcile.core.plan import Plan
+from sage_reconcile.core.plan import Action, Plan
 from sage_reconcile.core.plan_text import plan_text
 from sage_reconcile.core.planner import make_plan
 from sage_reconcile.core.resolve import secret_marks
@@ -35,6 +35,10 @@ class World:
     text: str
     desired: Desired = field(repr=False)
     observed: Observed
+    moves: bool = False
+
+    def plan(self, now: float = NOW) -> Plan:
+        return make_plan(self.desired, self.observed, now, allow_moves=self.moves)
 
 
 def one_of(*values: str) -> st.SearchStrategy[str]:
@@ -56,6 +60,8 @@ def entries(draw: st.DrawFn) -> str:
         "spread": st.just("gpu"),
         "link": one_of("nvlink", "numa"),
         "exclusive": st.just("true"),
+        "movable": st.just("true"),
+        "preemption": st.just("lower"),
         "startup_timeout": one_of("10s", "2h"),
     }
     for name, values in optional.items():
@@ -186,7 +192,7 @@ def worlds(draw: st.DrawFn, busy: bool = True) -> World:
     ports += draw(st.lists(st.integers(20000, 20029), unique=True, max_size=2))
     links = {} if draw(st.booleans()) else draw(linked(box))
     observed = Observed(tuple(box), tuple(found), tuple(Port(port, "nginx") for port in ports), links=links)
-    return World(ran_text, text, read_once(text), observed)
+    return World(ran_text, text, read_once(text), observed, moves=draw(st.booleans()))
 
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "60"))
@@ -201,7 +207,7 @@ read_once = lru_cache(maxsize=4096)(desired)
 @many
 @given(worlds())
 def test_every_plan_is_safe_and_complete(world: World) -> None:
-    plan = make_plan(world.desired, world.observed, NOW)
+    plan = world.plan()
     assert check_plan(world.desired, world.observed, plan) == []
     kept = {item.launch.replica for item in plan.kept}
     spawned = {action.replica for action in plan.actions if action.kind == "spawn"}
@@ -218,18 +224,36 @@ def test_every_plan_is_safe_and_complete(world: World) -> None:
 @many
 @given(worlds())
 def test_the_same_gives_the_same_whatever_the_order_in_which_it_is_told(world: World) -> None:
-    first = plan_text(make_plan(world.desired, world.observed, NOW), NOW)
-    assert plan_text(make_plan(desired(world.text), world.observed, NOW), NOW) == first
+    first = plan_text(world.plan(), NOW)
+    assert plan_text(replace(world, desired=desired(world.text)).plan(), NOW) == first
     for seed in range(3):
-        assert plan_text(make_plan(world.desired, shuffled(world.observed, seed), NOW), NOW) == first
+        assert plan_text(replace(world, observed=shuffled(world.observed, seed)).plan(), NOW) == first
+
+
+ROOM = (StopCause.MOVED, StopCause.DISPLACED)
+
+
+def asked_to_leave(world: World, launch: Launch, action: Action) -> bool:
+    """Whether somebody allowed it: the user, its own entry, or a higher priority whose entry may displace it."""
+    engine = world.desired.engine(launch.engine_name)
+    assert engine is not None
+    succeeded = any(other.predecessor == launch.id for other in world.observed.launches)
+    if action.stop_cause is StopCause.MOVED:
+        return world.moves or engine.spec.movable or succeeded
+    above = (other.spec for other in world.desired.engines if other.spec.preemption == "lower")
+    return any(spec.priority > engine.spec.priority for spec in above)
 
 
 @many
 @given(worlds())
 def test_what_runs_unchanged_is_never_touched(world: World) -> None:
-    plan = make_plan(world.desired, world.observed, NOW)
+    plan = world.plan()
     acted = {action.launch for action in plan.actions if action.kind != "spawn"}
+    room = {action.launch: action for action in plan.actions if action.stop_cause in ROOM}
     for launch in world.observed.launches:
+        if launch.id in room:
+            assert asked_to_leave(world, launch, room[launch.id])
+            continue
         engine = world.desired.engine(launch.engine_name)
         alone = sum(other.replica == launch.replica and other.holds for other in world.observed.launches) == 1
         if launch.life is not Life.ALIVE or launch.stopping_since is not None or engine is None or not alone:
@@ -248,7 +272,7 @@ def test_what_runs_unchanged_is_never_touched(world: World) -> None:
 @many
 @given(worlds())
 def test_no_stranger_is_touched(world: World) -> None:
-    plan = make_plan(world.desired, world.observed, NOW)
+    plan = world.plan()
     touched = {action.launch for action in plan.actions} | set(plan.forget)
     for launch in world.observed.launches:
         if launch.life in (Life.UNPROVEN, Life.INTENT):
@@ -265,7 +289,7 @@ def test_the_order_of_the_file_decides_only_between_equals(world: World) -> None
     turned = replace(world.desired, engines=tuple(reversed(engines)))
     for engine in engines:
         if all(engine.spec.priority > other.spec.priority for other in engines if other is not engine):
-            first = placed_of(make_plan(world.desired, world.observed, NOW), engine)
+            first = placed_of(world.plan(), engine)
             assert placed_of(make_plan(turned, world.observed, NOW), engine) == first
 
 
@@ -330,14 +354,14 @@ def running(observed: Observed) -> dict[str, Launch]:
 @many
 @given(worlds())
 def test_a_plan_that_was_carried_out_leaves_exactly_what_is_wanted_and_nothing_to_do(world: World) -> None:
-    plan = make_plan(world.desired, world.observed, NOW)
+    plan = world.plan()
     later = applied(world, plan, NOW + 1000)
     refused = {item.replica for item in plan.unplaced}
     wanted = {replica for engine in world.desired.engines for replica in engine.replicas()}
     intents = {launch.replica for launch in world.observed.launches if launch.life is Life.INTENT}
     unproven = {launch.replica for launch in world.observed.launches if launch.life is Life.UNPROVEN}
     untold = any(process.memory_mib is None for gpu in world.observed.gpus for process in gpu.processes)
-    if intents or untold:
+    if intents or untold or plan.making_room:
         return  # what they come to is told by a later look only
     runs = running(later)
     assert wanted - refused <= runs.keys()
@@ -346,8 +370,10 @@ def test_a_plan_that_was_carried_out_leaves_exactly_what_is_wanted_and_nothing_t
         engine = world.desired.engine(launch.engine_name)
         assert engine is not None
         assert replica in refused or not changes(world.desired, engine, launch, later.gpus, later.links)
-    second = make_plan(world.desired, later, NOW + 2000)
+    second = replace(world, observed=later).plan(NOW + 2000)
     assert check_plan(world.desired, later, second) == []
+    if second.making_room:
+        return  # what has got ready may be asked to move only now
     assert not second.actions, plan_text(second, NOW + 2000)
     assert {item.replica for item in second.unplaced} == refused
     assert not second.waiting
@@ -357,7 +383,7 @@ def test_a_plan_that_was_carried_out_leaves_exactly_what_is_wanted_and_nothing_t
 @given(worlds())
 def test_no_port_is_ever_given_twice(world: World) -> None:
     """Nor one that a stranger has, nor one that something of ours still has which stays or may."""
-    plan = make_plan(world.desired, world.observed, NOW)
+    plan = world.plan()
     ending = {action.launch for action in plan.actions if action.kind != "spawn"}
     ending |= {launch.id for launch in world.observed.launches if launch.life is Life.ALIVE and launch.stopping_since}
     holding = [launch for launch in world.observed.launches if launch.life is not Life.EXITED]

@@ -24,7 +24,7 @@ def test_a_move_is_proposed_with_its_cost_and_made_only_with_leave(box: Box) -> 
     box.write(APART)
     box.run("apply", "--yes")
     before = box.ready()
-    box.write(f"{ONE}}}\n{TWO}}}\n{LARGE}")
+    box.write(f"{ONE}}}\n{TWO}, gpus: [1]}}\n{LARGE}")
     shown = box.run("diff", expect=3)
     assert "Proposal: large/0 gets in if 1 replica moves:" in shown
     assert "one/0  GPU 0 -> GPU 1  no downtime: starts there first (its last start took" in shown
@@ -47,13 +47,13 @@ def test_the_daemon_moves_what_is_movable_and_apply_gives_it_leave_for_more(box:
     box.start_daemon()
     box.until("both are ready", lambda: len(box.ready()) == 2)
     before = box.ready()
-    box.write(f"{ONE}, movable: true}}\n{TWO}}}\n{LARGE}")
+    box.write(f"{ONE}, movable: true}}\n{TWO}, gpus: [1]}}\n{LARGE}")
     box.until("all are ready", lambda: len(box.ready()) == 3)
     assert box.ready()["two/0"] == before["two/0"]
     the_old_one_served_until_the_new_one_was_ready(box, before["one/0"])
     box.write(APART)
     box.until("apart again", lambda: set(box.ready()) == {"one/0", "two/0"} and not box.json("diff")["actions"])
-    box.write(f"{ONE}}}\n{TWO}}}\n{LARGE}")
+    box.write(f"{ONE}}}\n{TWO}, gpus: [1]}}\n{LARGE}")
     box.until("refused", lambda: box.replicas().get("large/0", {}).get("unplaced"))
     assert "large/0" not in box.ready()
     shown = box.run("apply", "--yes", "--allow-moves")
