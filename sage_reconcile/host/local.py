@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pwd
 import secrets
 import shutil
 import signal
@@ -125,7 +124,7 @@ class LocalHost:
         for process in gpu.processes:
             stat = processes.read_stat(process.pid)
             launch = sessions.get(stat.session) if stat else members.get(process.pid)
-            user, command = ("", "") if launch else _user_and_command(process.pid)
+            user, command = ("", "") if launch else processes.user_and_command(process.pid)
             owned.append(dataclasses.replace(process, user=user, command=command, launch=launch))
         return dataclasses.replace(gpu, processes=tuple(owned))
 
@@ -331,16 +330,3 @@ class LocalHost:
         """Keeps the logs of the launches seen last below their size limit."""
         for path in self._logs:
             logs.limit(path)
-
-
-def _user_and_command(pid: int) -> tuple[str, str]:
-    """Who runs a process and what it is called; empty where that cannot be told."""
-    try:
-        uid = Path(f"/proc/{pid}").stat().st_uid
-        command = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return "", ""
-    try:
-        return pwd.getpwuid(uid).pw_name, command
-    except KeyError:
-        return str(uid), command

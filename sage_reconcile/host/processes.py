@@ -195,6 +195,17 @@ def is_marked(pid: int, launch_id: str) -> bool:
     return f"{LAUNCH_VARIABLE}={launch_id}".encode() in environment.split(b"\0")
 
 
+def user_and_command(pid: int) -> tuple[str, str]:
+    """Who runs a process and what it is called; empty where that cannot be told."""
+    import psutil  # noqa: PLC0415 - 40 ms of every start, and needed only where there are strangers
+
+    try:
+        process = psutil.Process(pid)
+        return process.username(), process.name()
+    except psutil.Error:
+        return "", ""
+
+
 def spawn(
     name: str, argv: Sequence[str], environ: Mapping[str, str], *, folder: Path, log: Path, run_file: Path
 ) -> subprocess.Popen[bytes]:

@@ -48,6 +48,7 @@ class Gpus:
         self.path = box.folder / "machine"
         self.faults: dict[str, dict[str, int]] = {uuid: {} for uuid in UUIDS}
         self.held: dict[str, dict[int, int]] = {uuid: {} for uuid in UUIDS}
+        self.late = 0
         self.write()
 
     def write(self, **faults: int) -> None:
@@ -55,7 +56,7 @@ class Gpus:
             StandInGpu(
                 uuid,
                 f"00000000:{bus}:00.0",
-                used=sum(self.held[uuid].values()) * GIB,
+                used=(sum(self.held[uuid].values()) + (self.late if uuid == UUIDS[0] else 0)) * GIB,
                 processes=[Process(pid, gib * GIB) for pid, gib in self.held[uuid].items()],
                 faults=self.faults[uuid],
             )
@@ -65,6 +66,15 @@ class Gpus:
 
     def hold(self, number: int, pid: int, gib: int) -> None:
         self.held[UUIDS[number]][pid] = gib
+        self.write()
+
+    def ends_late(self, number: int, pid: int) -> None:
+        """From now on nobody is named for what this process held, and it is not free."""
+        self.late = self.held[UUIDS[number]].pop(pid)
+        self.write()
+
+    def gives_back(self) -> None:
+        self.late = 0
         self.write()
 
     def lose(self, number: int) -> None:
@@ -292,3 +302,20 @@ def test_init_writes_what_fits_the_gpus_of_this_machine(box: Box, gpus: Gpus) ->
     text = box.file.read_text()
     assert "found: 2 x NVIDIA H100 80GB HBM3" in text
     assert placed(box.json("diff", expect=2)) in ({"chat/0": [(number, UUIDS[number])]} for number in (0, 1))
+
+
+def test_a_start_waits_until_the_memory_of_the_one_before_is_back(box: Box, gpus: Gpus) -> None:
+    box.write(f"chat: {vllm('60GiB', ', gpus: [0]')}", HOST)
+    box.start_daemon()
+    pid = box.until("chat is ready", lambda: box.ready().get("chat/0"))
+    gpus.hold(0, pid, 60)
+    box.write(f"chat: {vllm('60GiB', ', gpus: [0], args: {seed: 1}')}", HOST)
+    box.until("the old one has ended", lambda: not Path(f"/proc/{pid}").exists())
+    gpus.ends_late(0, pid)
+    told = "waits for GPU 0 to give back 60.0GiB that chat/0 held"
+    box.until("the new one waits", lambda: box.replicas()["chat/0"]["reason"].endswith(told))
+    note = "GPU 0: 60.0GiB that chat/0 held are not back yet"
+    assert note in box.status()["notes"]
+    assert "chat/0" not in box.ready()
+    gpus.gives_back()
+    box.until("the new one is ready", lambda: box.ready().get("chat/0") not in (None, pid), 10)
