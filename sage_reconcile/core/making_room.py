@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from functools import cached_property
+from itertools import combinations, islice
 
 from sage_reconcile.core.observed import Launch, Observed
 from sage_reconcile.core.placement import Placement, Request, books, launch_gpus, needs, place
@@ -22,7 +23,7 @@ _TRIALS = 64
 """Arrangements tried for one refused replica; each is a packing with a small budget of its own."""
 _TRIAL_BUDGET = 1500
 _SETS = 4000
-"""Sets of replicas looked at for one refused replica: all pairs of 80 replicas, and then some."""
+"""Ways to free enough GPUs that are looked at for one refused replica."""
 _CHOICES = 8
 """Ways that work and are compared by their cost."""
 _MOST_ENGINES = 4
@@ -66,9 +67,11 @@ class MakingRoom:
         self._positions = {engine.name: position for position, engine in enumerate(desired.engines)}
         self._trials = 0
 
-    def allowed(self) -> Room | None:
-        """What may be done for the first of the refused for whom something may."""
+    def allowed(self, but_for: frozenset[str]) -> Room | None:
+        """What may be done for the first of the refused for whom something may, those in ``but_for`` left out."""
         for request in self.refused[:_MOST_ENGINES]:
+            if request.replica in but_for:
+                continue
             free = [launch for launch in self._movable() if self.allow_moves or self._consents(launch)]
             room = (self._moves(request, free) if free else None) or self._displacement(request)
             if room is not None:
@@ -119,7 +122,7 @@ class MakingRoom:
                     moves = self._trial(request, stay, chosen)
                     if moves is not None:
                         rooms.append(Room(request.replica, moves))
-                    if len(rooms) == _CHOICES or self._trials == _TRIALS:
+                    if len(rooms) == _CHOICES or self._trials >= _TRIALS:
                         break
                 if rooms:
                     return min(rooms, key=lambda room: self._cost(room.moves))
@@ -130,8 +133,6 @@ class MakingRoom:
     ) -> dict[str, Placement] | None:
         """Where those who move go if all of them, the new one and all who have a place fit together."""
         self._trials += 1
-        if self._trials > _TRIALS:
-            return None
         places = self._fits([*stay, request, *map(self._request, chosen)], chosen)
         if places is None:
             return None
@@ -193,10 +194,11 @@ class _Box:
         request: Request,
         candidates: Sequence[Launch],
     ) -> None:
-        self.request, self.candidates = request, candidates
+        self.request = request
+        self.candidates = {launch.replica: launch for launch in candidates}
         self.count = request.engine.spec.gpu_count
         self._gpus: list[tuple[int, frozenset[str], dict[str, int]]] = []
-        there = {launch.replica: launch for launch in candidates}
+        there = self.candidates
         for book in pages:
             need = needs(request.engine, book.gpu, observed)
             if need is None or book.barred or not pinned(request.engine, book.gpu):
@@ -219,23 +221,51 @@ class _Box:
         return frozenset(([book.alone] if book.alone else []) + (own if spec.spread == "gpu" else []))
 
     def sets(self, size: int) -> Iterator[tuple[Launch, ...]]:
-        """The sets of so many replicas that would do, of the first few thousand.
+        """The sets of so many replicas that would do: first those of which each is in the way, then with others.
 
-        Those on GPUs that it could have come first; any other may have to make room for one of them.
+        Whoever moves may need a place from which another one has to move.
         """
-        useful = {name for lack, must, ours in self._gpus if lack > 0 or must for name in ours}
-        launches = sorted(self.candidates, key=lambda x: (x.replica not in useful, x.memory_mib, x.replica))
-        for looked, chosen in enumerate(combinations(launches, size)):
-            if looked == _SETS:
-                return
-            if self._would_do({launch.replica for launch in chosen}):
-                yield chosen
+        names = sorted(self.candidates, key=lambda name: (self.candidates[name].memory_mib, name))
+        for cover in self._covers:
+            if len(cover) <= size:
+                others = [name for name in names if name not in cover]
+                for more in combinations(others, size - len(cover)):
+                    yield tuple(self.candidates[name] for name in (*sorted(cover), *more))
 
-    def _would_do(self, gone: set[str]) -> bool:
-        enough = 0
-        for lack, must, ours in self._gpus:
-            enough += must <= gone and sum(mib for name, mib in ours.items() if name in gone) >= lack
-        return enough >= self.count
+    @cached_property
+    def _covers(self) -> list[frozenset[str]]:
+        """Who may leave so that enough GPUs have room, nobody in vain: the most in the way first, of a few thousand."""
+        ready = sum(lack <= 0 and not must for lack, must, _ in self._gpus)
+        blocked = [list(_least(*gpu)) for gpu in self._gpus if gpu[0] > 0 or gpu[1]]
+        found = dict.fromkeys(islice(_joined(blocked, self.count - ready), _SETS))
+
+        def size(cover: frozenset[str]) -> tuple[int, int, list[str]]:
+            return -len(cover), sum(self.candidates[name].memory_mib for name in cover), sorted(cover)
+
+        return sorted(found, key=size)
+
+
+def _least(lack: int, must: frozenset[str], ours: Mapping[str, int]) -> Iterator[frozenset[str]]:
+    """Who could leave one GPU so that this much comes free, at the most as many as may move, and none too many."""
+    found: list[frozenset[str]] = []
+    for size in range(1, MOST_MOVES + 1):
+        for chosen in map(frozenset, combinations(sorted(ours), size)):
+            if must <= chosen and sum(ours[name] for name in chosen) >= lack and not any(x <= chosen for x in found):
+                found.append(chosen)
+    yield from found
+
+
+def _joined(
+    blocked: Sequence[Sequence[frozenset[str]]], missing: int, union: frozenset[str] = frozenset()
+) -> Iterator[frozenset[str]]:
+    """The ways to free so many of these GPUs with no more moves than are allowed."""
+    if missing <= 0:
+        yield union
+        return
+    for at, ways in enumerate(blocked[: len(blocked) - missing + 1]):
+        for way in ways:
+            if len(union | way) <= MOST_MOVES:
+                yield from _joined(blocked[at + 1 :], missing - 1, union | way)
 
 
 def as_move(launch: Launch, found: Placement, observed: Observed) -> Move:

@@ -47,6 +47,7 @@ class _Planner:
         self.moving: dict[str, Launch] = {}
         self.displaced: dict[str, tuple[Launch, str]] = {}
         self.room_for = ""
+        self.in_vain_for: frozenset[str] = frozenset()
         self.on_their_way = True
         self.stranded: list[str] = []
         self.refused: dict[str, str] = {}
@@ -98,13 +99,13 @@ class _Planner:
         while True:
             requests = self._requests()
             results = self._placed(requests)
-            if self._taken_back(results):
+            if self._taken_back(results) or self._in_vain(results):
                 continue
             if self.standing.under_way:
                 self.stranded = [x.replica for x in requests if x.destination and _refused(results[x.replica])]
                 return requests, results, ()
             room = self._making_room(requests, results)
-            found = None if self.room_for else room.allowed()
+            found = None if self.room_for else room.allowed(self.in_vain_for)
             if found is not None:
                 self._make(found)
             elif self.on_their_way and any(x.destination and _refused(results[x.replica]) for x in requests):
@@ -113,7 +114,7 @@ class _Planner:
                 return requests, results, () if self.room_for else room.proposals()
 
     def _taken_back(self, results: _Results) -> bool:
-        """Whether some that should have been replaced or moved have nowhere to go, and so stay as they are."""
+        """Whether some that should have been replaced have nowhere to go, or be moved need not, and so stay."""
         standing = self.standing
         stuck = {name: result.reason for name, result in results.items() if isinstance(result, Refusal)}
         drifted = [name for name in stuck if name in standing.drifted]
@@ -121,10 +122,20 @@ class _Planner:
             self.refused[name] = stuck[name]
             standing.kept[name] = standing.drifted.pop(name)[0]
         same = [move.launch.replica for move in self._moves(results) if move.from_gpus == move.to_gpus]
-        moving = [*(name for name in stuck if name in self.moving), *same]
-        for name in moving:
+        for name in same:
             standing.kept[name] = self.moving.pop(name)
-        return bool(drifted or moving)
+        return bool(drifted or same)
+
+    def _in_vain(self, results: _Results) -> bool:
+        """Whether room was made, and all together do not fit after all: then all of it is taken back."""
+        if not self.room_for or not any(_refused(results[name]) for name in (self.room_for, *self.moving)):
+            return False
+        gone = self.moving | {replica: launch for replica, (launch, _) in self.displaced.items()}
+        self.standing.kept |= gone
+        self.moving, self.displaced = {}, {}
+        self.in_vain_for |= {self.room_for}
+        self.room_for = ""
+        return True
 
     def _make(self, room: Room) -> None:
         kept = self.standing.kept
