@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import cold_diff, core_pass, edit_to_exec, idle, openb, placement
+from tests.benchmarks import cold_diff, core_pass, edit_to_exec, idle, moves, openb, placement
 from tests.benchmarks.figures import Figure, p99, table
 
 
@@ -18,9 +18,10 @@ from tests.benchmarks.figures import Figure, p99, table
         lambda: edit_to_exec.measure(edits=1, count=1, beside=False),
         lambda: cold_diff.measure(rounds=1, count=1, beside=False),
         lambda: placement.measure(boxes=2, checked=0, count=5),
+        lambda: moves.measure(boxes=30),
         lambda: idle.measure(seconds=0.2, count=1, beside=False, quiet_s=0),
     ],
-    ids=["core_pass", "edit_to_exec", "cold_diff", "placement", "idle"],
+    ids=["core_pass", "edit_to_exec", "cold_diff", "placement", "moves", "idle"],
 )
 def test_a_benchmark_yields_numbers(measure: Callable[[], list[Figure]]) -> None:
     figures = measure()
