@@ -211,6 +211,10 @@ def read_status(path: Path, state: StateFolder) -> dict[str, Any]:
         "daemon": {"pid": holding.pid, "since": holding.since} if holding and holding.role == "daemon" else None,
         **status_document(desired, seen.observed, seen.plan, seen.now),
     }
+    if holding is None and seen.plan.actions:
+        document["notes"].append(
+            "nobody reconciles now; what is left to do is done by `sage-reconcile apply`, or `run`"
+        )
     if follows:
         document["observed_generation"] = told.get("generation", observed_generation)
     if file_error:

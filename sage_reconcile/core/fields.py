@@ -9,6 +9,8 @@ import re
 import shlex
 import string
 from collections.abc import Mapping
+from contextlib import suppress
+from ipaddress import ip_address
 
 from pydantic_core import PydanticCustomError
 
@@ -215,4 +217,19 @@ def read_model(value: object) -> str:
 
 def read_names(value: object) -> object:
     """One name or several."""
+    if value in ([], ()):
+        raise fault("an empty list names nothing", "name the model, or leave the field out")
     return (read_model(value),) if isinstance(value, str) else value
+
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
+
+
+def read_bind(value: object) -> object:
+    """An address or a name to listen on, without a port."""
+    text = read_text(value)
+    if not isinstance(text, str) or _HOST_NAME.fullmatch(text):
+        return text
+    with suppress(ValueError):
+        return str(ip_address(text))
+    raise fault(f"{text[:60]!r} is not an address", "write one such as 127.0.0.1, ::1 or 0.0.0.0, without a port")

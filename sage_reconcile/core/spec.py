@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from sage_reconcile.core.fields import (
     host_gpus_kind,
+    read_bind,
     read_command,
     read_declared_gpu,
     read_env,
@@ -89,7 +90,9 @@ class HostSpec(_Strict):
     inner_ports: PortRange = Field(
         default="20000-29999", description="Where vLLM's own ports come from, those between its processes."
     )
-    bind: Text = Field(default="127.0.0.1", description="The address engines listen on.")
+    bind: Annotated[str, BeforeValidator(read_bind)] = Field(
+        default="127.0.0.1", description="The address engines listen on."
+    )
     concurrent_starts: WholeNumber = Field(default=8, ge=1, le=10000, description="How many start at one time.")
 
     @property

@@ -96,10 +96,15 @@ class StateFolder:
         """Makes what is missing; only its owner can look inside.
 
         Raises:
-            StateError: it cannot be made.
+            StateError: it cannot be made, or others may write there.
         """
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self.path.stat().st_mode & 0o002:
+                raise StateError(
+                    f"{self.path}: everyone may write there, and so decide what is started; take that from them with "
+                    f"chmod o-w {self.path}, or choose another with --state-dir"
+                )
             for name in _SUBFOLDERS:
                 (self.path / name).mkdir(mode=0o700, exist_ok=True)
         except OSError as error:

@@ -38,6 +38,9 @@ def test_a_plain_file_gives_its_engines_in_order_with_every_default() -> None:
     assert wanted.engine("none") is None
 
 
+ADDRESS = "write one such as 127.0.0.1, ::1 or 0.0.0.0, without a port"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -234,6 +237,18 @@ def test_a_fault_of_an_engine_names_its_place_and_the_remedy(text: str, expected
                 "f:2:11: engines.-e: '-e' cannot be the name of an engine; use letters, "
                 "digits, `-`, `_` and `.`, at most 63, beginning and ending with a letter or digit"
             ),
+        ),
+        (
+            "version: 1\nhost: {bind: foo bar}\nengines: {}\n",
+            f"f:2:14: host.bind: 'foo bar' is not an address; {ADDRESS}",
+        ),
+        (
+            "version: 1\nhost: {bind: '127.0.0.1:80'}\nengines: {}\n",
+            f"f:2:14: host.bind: '127.0.0.1:80' is not an address; {ADDRESS}",
+        ),
+        (
+            "version: 1\nengines: {a: {model: m, served_model_name: []}}\n",
+            "f:2:44: engines.a.served_model_name: an empty list names nothing; name the model, or leave the field out",
         ),
         ("version: 1\nhost: {bnid: x}\nengines: {}\n", "f:2:8: host.bnid: unknown field `bnid`; did you mean `bind`?"),
         (

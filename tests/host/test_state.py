@@ -191,6 +191,16 @@ def test_a_folder_that_cannot_be_made_is_an_error_with_a_remedy(tmp_path: Path) 
         state.take_lock(ME)
 
 
+def test_a_folder_in_which_everyone_may_write_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(StateError, match=rf"everyone may write there.*chmod o-w {folder}"):
+        StateFolder(folder).take_lock(ME)
+    folder.chmod(0o775)
+    StateFolder(folder).take_lock(ME)
+
+
 def test_a_lock_that_cannot_be_written_is_an_error_and_not_held(tmp_path: Path) -> None:
     code = (
         "import resource, signal, sys\nfrom pathlib import Path\n"
