@@ -129,6 +129,10 @@ def next_try(launch: Launch, now: float) -> float:
 
 
 def stop_deadline(launch: Launch, stop_timeout: float) -> float:
-    """When a replica that was told to stop is killed: little grace while it loads, else its full time."""
+    """When a replica that was told to stop is killed: its full time where it was ready then, else little grace.
+
+    vLLM loses a SIGTERM that comes while it loads, and serves on as soon as it has loaded.
+    """
     since = launch.stopping_since if launch.stopping_since is not None else launch.created_at
-    return since + (stop_timeout if launch.ready_at is not None else min(stop_timeout, LOADING_GRACE_S))
+    served = launch.ready_at is not None and launch.ready_at <= since
+    return since + (stop_timeout if served else min(stop_timeout, LOADING_GRACE_S))

@@ -169,14 +169,16 @@ def test_a_clock_set_back_a_little_still_waits_but_never_twice_its_delay() -> No
 
 
 def test_a_stopping_replica_has_its_full_time_if_it_ever_served() -> None:
-    assert stop_deadline(replace(READY, stopping_since=NOW), 30) == NOW + 30
-    assert stop_deadline(replace(READY, ready=False, stopping_since=NOW), 30) == NOW + 30
+    assert stop_deadline(replace(READY, stopping_since=NOW + 60), 30) == NOW + 90
+    assert stop_deadline(replace(READY, ready=False, stopping_since=NOW + 70), 30) == NOW + 100
 
 
 def test_a_replica_that_loads_loses_sigterm_and_gets_five_seconds() -> None:
     loading = replace(LOADING, stopping_since=NOW)
     assert stop_deadline(loading, 30) == NOW + 5
     assert stop_deadline(loading, 2) == NOW + 2
+    got_ready_all_the_same = replace(READY, stopping_since=NOW + 59)
+    assert stop_deadline(got_ready_all_the_same, 30) == NOW + 64
 
 
 def test_ends_are_told_as_shells_tell_them() -> None:
