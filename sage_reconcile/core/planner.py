@@ -68,7 +68,7 @@ class _Planner:
         actions, unplaced = self._actions(requests, results, [move for move in moves if move.start_first])
         unplaced += [Unplaced(replica, reason, runs_on=True) for replica, reason in self.refused.items()]
         if unplaced:
-            standing.notes += not_back(self.observed, standing)
+            standing.notes += [*not_back(self.observed, standing), *standing.failed_moves()]
         names = (replica for engine in self.desired.engines for replica in engine.replicas())
         order = {replica: position for position, replica in enumerate(names)}
         kept = sorted(standing.kept.items(), key=lambda item: order.get(item[0], 0))
@@ -157,11 +157,12 @@ class _Planner:
         )
 
     def _may_go(self, replica: str, launch: Launch) -> bool:
-        """Whether it may be asked to leave at all: it runs, and no try to move it has failed before."""
+        """Whether it may be asked to leave at all: it runs, and no move of it has failed, or a person asks again."""
         last = self.standing.history.get(replica)
         failed_before = last is not None and last.predecessor == launch.id
-        tried = self.tried is not None and replica in self.tried
-        return launch.life is Life.ALIVE and not (failed_before or tried or replica in self.refused)
+        asked_again = self.tried is not None and replica not in self.tried and not (last and last.holds)
+        stays = replica in self.refused or (self.tried is not None and replica in self.tried)
+        return launch.life is Life.ALIVE and not stays and (asked_again or not failed_before)
 
     def _requests(self) -> list[Request]:
         standing = self.standing

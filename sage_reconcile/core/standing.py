@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from sage_reconcile.core.drift import Change, changes
-from sage_reconcile.core.lifecycle import StopCause, fault_note, stop_deadline
+from sage_reconcile.core.lifecycle import StopCause, failed, fault_note, stop_deadline
 from sage_reconcile.core.memory import lingering
 from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
 from sage_reconcile.core.plan import Action, Kind
@@ -47,6 +49,17 @@ class Standing:
     def under_way(self) -> bool:
         """Whether a replica is just being moved: until it has arrived no other room is made."""
         return any(launch.id in self._successors for launch in self.ending.values())
+
+    def failed_moves(self) -> Iterator[str]:
+        """Of whom a start in another place failed, so that it stays where it is until a person asks again."""
+        for replica, launch in self.kept.items():
+            last = self.history.get(replica)
+            if last is not None and last.predecessor == launch.id and failed(last):
+                how = last.stop_cause or (last.exit.text() if last.exit else StopCause.ENDED)
+                yield (
+                    f"{replica}: its start elsewhere failed ({how}), so it stays; `logs` shows why, and the next "
+                    "`apply` may try it again"
+                )
 
     def changes(self, engine: Engine, launch: Launch) -> tuple[Change, ...]:
         """The differences for which a launch must be replaced."""

@@ -76,9 +76,9 @@ class Machine:
             assert gpu.memory_used_mib <= gpu.memory_total_mib, f"GPU {gpu.index} is overbooked"
         return Observed(gpus, tuple(self.launches.values()))
 
-    def plan(self, *, allow_moves: bool = True) -> Plan:
+    def plan(self, *, allow_moves: bool = True, tried: frozenset[str] | None = None) -> Plan:
         observed = self.observed()
-        found = make_plan(self.wanted, observed, self.now, allow_moves=allow_moves)
+        found = make_plan(self.wanted, observed, self.now, allow_moves=allow_moves, tried=tried)
         assert check_plan(self.wanted, observed, found) == []
         return found
 
@@ -189,6 +189,19 @@ def test_a_successor_that_fails_costs_nothing_and_is_not_tried_again() -> None:
     assert all(step == {"one/0", "two/0"} for step in served)
     tries = [launch for launch in machine.launches.values() if launch.predecessor]
     assert sorted(launch.replica for launch in tries) == ["one/0", "two/0"]
+
+
+def test_a_move_that_failed_is_told_and_is_tried_again_once_by_each_apply() -> None:
+    machine = box(ONE_TWO_LARGE.replace("30GiB}", "30GiB, gpus: [1]}", 2).replace("[1]", "[0, 1]", 1), 2)
+    machine.run("one/0", 0, port=8000)
+    machine.run("two/0", 1, port=8001)
+    machine.fails = frozenset({"one/0"})
+    machine.settle()
+    told = machine.plan()
+    assert not told.actions
+    assert any(note.startswith("one/0: its start elsewhere failed (exit 1)") for note in told.notes)
+    assert [action.id for action in machine.plan(tried=frozenset()).actions][0] == "spawn one/0"
+    assert not machine.plan(tried=frozenset({"one/0"})).actions, "it was tried by this very apply"
 
 
 def test_two_that_change_places_both_serve_in_the_end_and_only_one_of_them_stops() -> None:
