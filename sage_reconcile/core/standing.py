@@ -55,7 +55,8 @@ class Standing:
         for replica, launch in self.kept.items():
             last = self.history.get(replica)
             if last is not None and last.predecessor == launch.id and failed(last):
-                how = last.stop_cause or (last.exit.text() if last.exit else StopCause.ENDED)
+                unasked = StopCause.STARTUP_TIMEOUT if last.life is Life.ALIVE else StopCause.ENDED
+                how = last.stop_cause or (last.exit.text() if last.exit else unasked)
                 yield (
                     f"{replica}: its start elsewhere failed ({how}), so it stays; `logs` shows why, and the next "
                     "`apply` may try it again"
