@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sage_reconcile.core.lifecycle import StopCause
 from sage_reconcile.core.memory import Occupancy
 from sage_reconcile.core.observed import Gpu
 from sage_reconcile.core.plan import Action, GpuMap, Move, Plan, Proposal
@@ -82,6 +83,8 @@ def _details(spawn: Action, before: Action | None, now: float) -> list[str]:
     told = told or [before.cause if before else spawn.cause]
     if spawn.predecessor:
         told.append("starts there first, and ends here when it is ready: no downtime")
+    elif before and before.stop_cause is StopCause.MOVED:
+        told.append("stops here, then starts there: downtime")
     if spawn.blocked:
         told.append(f"cannot start here: {spawn.blocked}")
     elif spawn.not_before is not None:
