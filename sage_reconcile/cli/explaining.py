@@ -43,7 +43,7 @@ def explain_name(given: Path | None, state_dir: Path | None, name: str, *, as_js
         for number, item in enumerate(found):
             print("\n" * bool(number), end="")
             _show(item)
-    return commands.UNPLACED if any(item.outcome == "has no place" for item in found) else 0
+    return commands.UNPLACED if not all(item.placed for item in found) else 0
 
 
 def _show(item: Explanation) -> None:
@@ -72,6 +72,7 @@ def _document(item: Explanation) -> dict[str, Any]:
     return {
         "replica": item.replica,
         "outcome": item.outcome,
+        "placed": item.placed,
         "why": list(item.why),
         "gpus": [
             {

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from sage_reconcile.core.lifecycle import StopCause, gpu_faults
 from sage_reconcile.core.memory import Occupancy
 from sage_reconcile.core.observed import Gpu, Link, Observed
 from sage_reconcile.core.placement import books, needs
-from sage_reconcile.core.plan import Action, Plan, Proposal
+from sage_reconcile.core.plan import Action, Kept, Plan, Proposal, Unplaced
 from sage_reconcile.core.reasons import Book, bar, gib, pinned
 from sage_reconcile.core.spec import Desired, Engine
 
@@ -31,10 +32,14 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """One replica: what becomes of it, why, and what was there to choose from."""
+    """One replica: what becomes of it, why, and what was there to choose from.
+
+    ``placed`` is False where it has no place.
+    """
 
     replica: str
     outcome: str
+    placed: bool
     why: tuple[str, ...]
     verdicts: tuple[Verdict, ...]
     proposal: Proposal | None = None
@@ -56,21 +61,57 @@ def _explained(desired: Desired, observed: Observed, plan: Plan, engine: Engine,
     kept = next((x for x in plan.kept if x.launch.replica == replica), None)
     unplaced = next((x for x in plan.unplaced if x.replica == replica), None)
     proposal = next((x for x in plan.proposals if x.replica == replica), None)
+    ends = next((x for x in plan.actions if x.kind != "spawn" and x.replica == replica), None)
     pages = _without(desired, observed, plan, replica)
     if spawn is not None:
         chosen = [gpu.uuid for gpu in spawn.gpus]
-        outcome = f"starts on {_named(spawn.gpus)}" if spawn.gpus else "starts on the CPU"
-        why = [spawn.cause, *_when(spawn), *_choice(engine, observed, pages, spawn.gpus, spawn.memory_mib)]
+        verb = "would be on" if spawn.blocked else "moves to" if replica in plan.moved() else "starts on"
+        outcome = f"{verb} {_named(spawn.gpus) if spawn.gpus else 'the CPU'}"
+        why = [*_cause(spawn, ends), *_when(spawn, plan)]
+        why += _choice(engine, observed, pages, spawn.gpus, spawn.memory_mib)
     elif kept is not None:
         chosen = list(kept.launch.gpus)
-        outcome = f"runs on {_named(kept.gpus)}" if kept.gpus else "runs on the CPU" if not chosen else "runs"
-        why = ["what runs stays where it is: neither its entry nor the user asks for a change"]
-        why += [f"its new revision has no place: {unplaced.reason}"] if unplaced else []
+        outcome = f"runs on {_on(kept)}"
+        why = _stays(kept, ends, unplaced, observed)
     else:
         chosen, outcome = [], "has no place"
-        why = [unplaced.reason] if unplaced else []
+        why = [f"what runs of it stops: {ends.cause}"] if ends else []
+        why += [unplaced.reason] if unplaced else []
     verdicts = tuple(_verdicts(engine, observed, pages, chosen)) if engine.spec.gpu_count else ()
-    return Explanation(replica, outcome, tuple(why), verdicts, proposal)
+    placed = spawn is not None or kept is not None
+    return Explanation(replica, outcome, placed, tuple(why), verdicts, proposal)
+
+
+def _cause(spawn: Action, ends: Action | None) -> list[str]:
+    """Why it starts, and what of it ends for that."""
+    if ends is None:
+        return [spawn.cause]
+    changed = [f"{change.field}: {change.old or '(not set)'} -> {change.new or '(not set)'}" for change in ends.changes]
+    if ends.stop_cause is StopCause.MOVED:
+        first = "starts there first, and ends where it is when it is ready: no downtime"
+        return [spawn.cause, first if spawn.predecessor else "stops where it is, then starts there: downtime"]
+    return [ends.cause, *changed]
+
+
+def _stays(kept: Kept, ends: Action | None, unplaced: Unplaced | None, observed: Observed) -> list[str]:
+    """Why what runs is left there; ``ends`` is what becomes of the launch that it takes over from."""
+    if ends is not None and ends.stop_cause is StopCause.MOVED:
+        until = "serves there until it is ready here" if ends.waits_for else "ends now"
+        return [f"it is just being moved here: the one before {until}"]
+    faults = gpu_faults(kept.launch, observed)
+    why = ["what runs stays where it is: neither its entry nor the user asks for a change"]
+    if unplaced is not None:
+        why = [f"its entry changed, but its new revision has no place, so what runs stays: {unplaced.reason}"]
+    return why + ([f"it runs on a GPU at fault: {faults}"] if faults else [])
+
+
+def _on(kept: Kept) -> str:
+    """Where it runs, with the GPUs that are not there any more."""
+    seen = {gpu.uuid for gpu in kept.gpus}
+    gone = [uuid for uuid in kept.launch.gpus if uuid not in seen]
+    places = [_named(kept.gpus)] if kept.gpus else []
+    places += [f"{', '.join(gone)} (not seen)"] if gone else []
+    return " and ".join(places) or "the CPU"
 
 
 def _without(desired: Desired, observed: Observed, plan: Plan, replica: str) -> list[Book]:
@@ -114,10 +155,11 @@ def _meaning(engine: Engine, page: Book, need: int | None, *, here: bool) -> str
     return f"chosen, {left}" if here else f"fits, {left}" + (", nothing is on it yet" if page.clean else "")
 
 
-def _when(spawn: Action) -> list[str]:
+def _when(spawn: Action, plan: Plan) -> list[str]:
     if spawn.blocked:
         return [f"cannot start here: {spawn.blocked}"]
-    waits = [f"comes after: {', '.join(spawn.after)}"] if spawn.after else []
+    before = [f"{action.kind} {action.replica}" for action in plan.actions if action.id in spawn.after]
+    waits = [f"comes after: {', '.join(before)}"] if before else []
     return waits + ([f"waits for {spawn.waits_for}"] if spawn.waits_for else [])
 
 
@@ -161,7 +203,8 @@ def _joined(gpus: Sequence[Gpu], links: Mapping[frozenset[str], Link]) -> str:
     known = [link for link in pairs if link is not None]
     if len(known) < len(pairs):
         return "links of which not all are known"
-    return f"{max(known, key=order.index).name} or better"
+    worst = max(known, key=order.index)
+    return worst.name if worst is order[0] else f"{worst.name} or better"
 
 
 def _named(gpus: Sequence[Gpu]) -> str:
