@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sage_reconcile.core.gpu_report import gpu_rows
-from sage_reconcile.core.lifecycle import Phase, fault_note, gpu_faults, next_try, phase
+from sage_reconcile.core.lifecycle import Phase, StopCause, fault_note, gpu_faults, next_try, phase
 from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
 from sage_reconcile.core.plan import Action, Move, Plan, Proposal
 from sage_reconcile.core.plan_text import summary
@@ -121,6 +121,11 @@ def _engine(
     refused = {item.replica: item.reason for item in plan.unplaced}
     refused |= {action.replica: action.blocked for action in plan.actions if action.blocked}
     reasons = {action.replica: _waiting(action) for action in plan.actions if action.kind == "spawn"} | refused
+    moves = {
+        action.launch: f"{action.cause}: {_waiting(action)}"
+        for action in plan.actions
+        if action.stop_cause is StopCause.MOVED and action.waits_for
+    }
     replicas = []
     for name in names:
         launch = _current(launches.get(name, ()))
@@ -129,6 +134,8 @@ def _engine(
             row["unplaced"] = name in refused and not plan.making_room
             if row["phase"] == Phase.PENDING or name in refused:
                 row["reason"] = "; ".join(part for part in (row["reason"], reasons.get(name)) if part)
+            elif row["launch"] in moves:
+                row["reason"] = "; ".join(part for part in (row["reason"], moves[row["launch"]]) if part)
             replicas.append(row)
     return {
         "name": engine.name,
@@ -208,7 +215,8 @@ def _replica(
     if launch.exit is not None:
         row["exit"] = {"code": launch.exit.code, "at": launch.exit.at, "text": launch.exit.text()}
     if launch.life is Life.EXITED:
-        row["reason"] = f"ended: {launch.exit.text()}" if launch.exit else "ended"
+        asked = f" ({launch.stop_cause})" if launch.stop_cause else ""
+        row["reason"] = (f"ended: {launch.exit.text()}" if launch.exit else "ended") + asked
         if state is Phase.BACKOFF:
             row["next_try_at"] = next_try(launch, now)
         return row

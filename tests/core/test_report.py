@@ -145,3 +145,21 @@ def test_what_changes_at_every_look_is_not_kept() -> None:
     (kept,) = lasting(gpu_rows(HostSpec(), replace(observed, gpus=(warm,))))
     assert (kept["utilization_percent"], kept["temperature_c"], kept["power_w"]) == (None, None, None)
     assert (kept["numa_node"], kept["memory_total_mib"]) == (1, 80 * 1024)
+
+
+def test_a_replica_that_is_being_moved_says_so_until_it_has_arrived() -> None:
+    launches = (
+        "[{run: chat/0, gpu: 0, port: 8000, id: old},"
+        " {run: chat/0, gpu: 1, port: 8001, id: new, predecessor: old, state: loading, age: 5s}]"
+    )
+    _, rows = status(machine(FINE, FINE, FINE, launches=launches))
+    assert rows["chat/0"] == ("Ready", "moved to GPU 1: waits for chat/0 to be ready on GPU 1")
+    launches = launches.replace("state: loading, age: 5s", "ready: 1s")
+    _, rows = status(machine(FINE, FINE, FINE, launches=launches))
+    assert rows["chat/0"] == ("Ready", "")
+
+
+def test_an_end_that_was_asked_for_tells_why() -> None:
+    launches = "[{run: chat/0, gpu: 0, port: 8000, exit: 0, ended: 9s, state: exited, why: DISPLACED}]"
+    _, rows = status(machine(launches=launches))
+    assert rows["chat/0"][1].startswith("ended: exit 0 (gave way to a higher priority); needs 1 GPU, but")
