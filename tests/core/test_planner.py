@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from sage_reconcile.core.check import check_plan
 from sage_reconcile.core.lifecycle import StopCause
 from sage_reconcile.core.plan import Action, Plan
 from sage_reconcile.core.planner import make_plan
@@ -128,3 +129,101 @@ def test_what_cannot_start_on_this_machine_is_never_due() -> None:
     (action,) = make_plan(wanted, world({"declared": True}, wanted, NOW), NOW).actions
     assert action.blocked
     assert (action.after, action.waits_for, action.now) == ((), "", False)
+
+
+def machine_with(used: str, *launches: str, file: str, ran: str, now: float = NOW) -> Plan:
+    observed = {
+        "gpus": [{"gpu": "H100 80GiB", "used": used}],
+        "launches": [yaml.safe_load(f"{{{x}}}") for x in launches],
+    }
+    return make_plan(desired(file), world(observed, desired(ran), NOW), now)
+
+
+def test_the_record_of_what_was_removed_stays_until_its_own_memory_is_back() -> None:
+    ended = "run: chat/0, gpu: 0, port: 8000, state: exited, exit: 0, ended: 2s, id: ended"
+    other = "run: chat/1, gpu: 1, port: 8001, state: exited, exit: 0, ended: 2s, id: other, memory: 1GiB"
+    assert machine_with("10GiB", ended, other, file=NONE, ran=FILE).forget == ("other",)
+    assert machine_with("10GiB", ended, file=NONE, ran=FILE, now=NOW + 28).forget == ("ended",)
+    assert machine_with("0GiB", ended, file=NONE, ran=FILE).forget == ("ended",)
+
+
+def test_the_record_of_what_is_not_all_gone_is_never_dropped() -> None:
+    found = plan(
+        "run: chat/0, gpu: 0, port: 8000, state: leftover, age: 2h, id: older",
+        "run: chat/0, gpu: 0, port: 8001, state: exited, age: 1h, id: newer",
+    )
+    assert found.forget == ()
+    assert found.actions[0].id == "reap chat/0 older"
+
+
+def test_an_intent_is_kept_only_where_it_is_wanted_and_nothing_runs_in_its_place() -> None:
+    intent = "run: chat/0, gpu: 0, port: 8001, state: intent, age: 1s, id: intent"
+    found = plan(intent, file=NONE)
+    assert (found.kept, found.actions) == ((), ())
+    assert found.waiting == ("chat/0: its process is about to start",)
+    found = plan("run: chat/0, gpu: 0, port: 8000, age: 1h, id: runs", intent)
+    assert [kept.launch.id for kept in found.kept] == ["runs"]
+
+
+MOVING = "version: 1\nengines:\n  chat: {model: m, memory: 20GiB}\n  next: {model: n, memory: 70GiB}\n"
+
+
+def moving(successor: str, *more: str, gpus: int = 2, file: str = MOVING, **options: Any) -> Plan:
+    """A replica that is moved from GPU 0 to GPU 1."""
+    old = "run: chat/0, gpu: 0, port: 8000, age: 1h, id: old"
+    new = f"run: chat/0, gpu: 1, port: 8001, id: new, predecessor: old, {successor}"
+    launches = [yaml.safe_load(f"{{{launch}}}") for launch in (old, new, *more)]
+    wanted = desired(file)
+    seen = world({"gpus": ["H100 80GiB"] * gpus, "launches": launches}, wanted, NOW)
+    found = make_plan(wanted, seen, NOW, **options)
+    assert check_plan(wanted, seen, found) == []
+    return found
+
+
+def test_a_successor_that_is_told_to_stop_takes_over_from_nobody() -> None:
+    for state in ("state: loading, age: 9s", "age: 9s"):
+        found = moving(f"{state}, stopping: 1s, why: REMOVED")
+        assert [kept.launch.id for kept in found.kept] == ["old"]
+        assert "old" not in {action.launch for action in found.actions}
+        assert not any("elsewhere failed" in note for note in found.notes)
+
+
+def test_while_one_is_being_moved_no_other_room_is_made() -> None:
+    file = MOVING + "  third: {model: t, memory: 20GiB}\n  last: {model: l, memory: 70GiB}\n"
+    third = "run: third/0, gpu: 2, port: 8002, age: 1h, id: third"
+    found = moving("state: loading, age: 9s", third, gpus=3, file=file, allow_moves=True)
+    assert [action.id for action in found.actions] == ["stop chat/0 old", "spawn next/0"]
+    assert found.proposals == ()
+    after = moving("age: 9s, stopping: 1s, why: REMOVED", third, gpus=3, file=file, allow_moves=True)
+    assert any(action.predecessor for action in after.actions), "as soon as none is on its way"
+
+
+def test_what_is_still_there_though_the_clock_was_set_back_is_ended_at_once() -> None:
+    stopping = "run: chat/0, gpu: 0, port: 8000, stopping: 1s, why: REMOVED"
+    assert machine_with("20GiB", stopping, file=NONE, ran=FILE).actions == ()
+    assert only(machine_with("20GiB", stopping, file=NONE, ran=FILE, now=NOW - 60)).kind == "kill"
+
+
+def test_a_stop_tells_what_it_gives_back() -> None:
+    action = only(plan("run: chat/0, gpu: 0, port: 8000, inner: 20000-20007", file=NONE))
+    assert (action.memory_mib, action.port, action.inner_ports) == (20 * 1024, 8000, range(20000, 20008))
+
+
+def test_a_start_waits_for_what_loads_on_its_gpu_and_not_for_what_has_been_ready_before() -> None:
+    file = FILE + "  next: {model: n, memory: 20GiB}\n"
+    running = "run: chat/0, gpu: 0, port: 8000, state: "
+    assert only(plan(f"{running}loading, age: 9s", file=file, ran=file)).waits_for == "chat/0 to be ready"
+    assert only(plan(f"{running}degraded", file=file, ran=file)).now
+
+
+def test_what_leaves_makes_room_beside_memory_that_is_not_back_yet() -> None:
+    file = "version: 1\nengines:\n  next: {model: n, memory: %dGiB}\n"
+    ran = "version: 1\nengines:\n  gone: {model: g, memory: 30GiB}\n  old: {model: o, memory: 30GiB}\n"
+    launches = (
+        "run: gone/0, gpu: 0, port: 8000, state: exited, exit: 0, ended: 2s, id: gone",
+        "run: old/0, gpu: 0, port: 8001, id: old",
+    )
+    for size, waits_for in ((50, ""), (51, "GPU 0 to give back 30.0GiB that gone/0 held")):
+        found = machine_with("60GiB", *launches, file=file % size, ran=ran)
+        assert [action.id for action in found.actions] == ["stop old/0 old", "spawn next/0"]
+        assert found.actions[1].waits_for == waits_for
