@@ -173,7 +173,7 @@ def _fits(name: str, value: object) -> bool:
         return False
     if name in ("inner_port", "inner_count"):
         return isinstance(value, int) and 0 <= value <= 65535
-    if name == "gpus":
+    if name in ("gpus", "destination"):
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if name == "leader":
         return value == [] or _is_process(value)

@@ -29,6 +29,8 @@ FULL = record(
     restarts=3,
     failures=2,
     log_path="/x/y.log",
+    predecessor="0badcafe",
+    destination=["GPU-3", "GPU-4"],
     inner_port=20000,
     inner_count=8,
     gpus=["GPU-1", "GPU-2"],
@@ -98,6 +100,7 @@ def test_torn_and_foreign_records_are_reported_and_skipped(tmp_path: Path, conte
         *(("failures", "many"), ("log_path", 1), ("secret_marks", []), ("boot_id", 1), ("bind", 1), ("version", "1")),
         *(("id", "gone"), ("engine_name", "gone"), ("index", "gone"), ("spec", "gone"), ("gpus", "gone")),
         *(("memory_mib", "gone"), ("port", "gone"), ("inner_port", "20000"), ("inner_port", None)),
+        *(("predecessor", 1), ("predecessor", None), ("destination", "GPU-1"), ("destination", [1])),
         *(("inner_port", -1), ("inner_count", 65536), ("inner_count", True), ("inner_count", -8)),
     ],
 )
@@ -112,7 +115,7 @@ def test_records_of_other_versions_stay_readable(tmp_path: Path) -> None:
     """Fields unknown here are passed over, fields not there yet have a default."""
     later = ("bind", "created_at", "version", "leader", "members", "ready_at", "stopping_since", "stop_cause", "ended")
     later += ("exit_code", "ended_at", "restarts", "failures", "log_path", "secret_marks", "boot_id")
-    later += ("inner_port", "inner_count")
+    later += ("inner_port", "inner_count", "predecessor", "destination")
     put(tmp_path, invented_later={"a": 1}, **dict.fromkeys(later, "gone"))
     found, problems = Records(tmp_path).load()
     assert problems == []
