@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from sage_reconcile.core.lifecycle import StopCause
-from sage_reconcile.core.observed import Launch, Life, Observed
+from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
 from sage_reconcile.core.plan import Action
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.daemon import Passes, settle
@@ -549,3 +549,17 @@ def test_logs_of_what_runs_are_kept_small_and_old_ones_few(place: Place, monkeyp
     place.host.tidy()
     assert Path(launch.log_path).stat().st_size < 300
     assert asdict(launch)["log_path"] == str(logs.newest(folder)[0])
+
+
+def test_from_whom_a_launch_takes_over_and_where_one_goes_outlive_who_decided_it(place: Place) -> None:
+    wanted = sleeping()
+    place.run(wanted)
+    old = place.until(wanted, life=Life.ALIVE)
+    takes_over = Action("spawn chat/0", "spawn", "chat/0", "", port=free_port(), predecessor=old.id)
+    place.host.carry_out(takes_over, wanted)
+    goes_to = (Gpu("GPU-7", 7, "H100", "", 1024), Gpu("GPU-5", 5, "H100", "", 1024))
+    moved = Action("stop", "stop", "chat/0", "", launch=old.id, stop_cause=StopCause.MOVED, goes_to=goes_to)
+    place.host.carry_out(moved, wanted)
+    launches = {launch.id == old.id: launch for launch in place.another().observe(wanted).launches}
+    assert (launches[False].predecessor, launches[False].destination) == (old.id, ())
+    assert (launches[True].predecessor, launches[True].destination) == ("", ("GPU-7", "GPU-5"))

@@ -240,3 +240,16 @@ def test_being_refused_the_lock_takes_no_long_time(tmp_path: Path) -> None:
             StateFolder(tmp_path).take_lock(ME)
         assert time.monotonic() - begun < 5
         assert eventually(StateFolder(tmp_path).holder)
+
+
+def test_leave_for_moves_is_for_one_content_of_the_file_and_is_read_once(tmp_path: Path) -> None:
+    state = StateFolder(tmp_path / "s")
+    state.create()
+    assert state.moves_allowed() == ""
+    state.allow_moves("sha256:one")
+    state.allow_moves("sha256:two")
+    assert StateFolder(tmp_path / "s").moves_allowed() == "sha256:two"
+    assert state.moves_allowed() == ""
+    assert not list((tmp_path / "s").glob("allow-moves*"))
+    (tmp_path / "s" / "allow-moves.json").write_text("torn")
+    assert state.moves_allowed() == ""
