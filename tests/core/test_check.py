@@ -230,6 +230,10 @@ def test_memory_that_is_not_back_counts_unless_the_start_waits_for_it() -> None:
         told = check_plan(wanted, replace(machine, gpus=(gpu,)), waiting)
         assert len(told) == 1
         assert "GPU 0 would hold" in told[0]
+    for values, memory_mib in (({"gpus": ("GPU-1",)}, 80 * 1024), ({"life": Life.UNPROVEN}, 60 * 1024)):
+        others = replace(machine, launches=(replace(machine.launches[0], **values),))
+        told = check_plan(wanted, others, having(waiting, "spawn keep/0", memory_mib=memory_mib))
+        assert any("GPU 0 would hold" in text for text in told)
 
 
 def test_a_start_on_a_gpu_that_takes_nothing_new(plan: Plan, wanted: Desired, machine: Observed) -> None:
@@ -494,6 +498,12 @@ def test_taking_over_is_judged_at_every_step() -> None:
     assert any("GPU 0 would hold" in text for text in check_plan(wanted, machine, beside))
     stranger = having(plan, "spawn one/0", predecessor="two")
     assert any("which does not end" in text for text in check_plan(wanted, machine, stranger))
+    other = "; ".join(check_plan(wanted, machine, having(plan, "spawn large/0", predecessor="old")))
+    assert "spawn large/0 takes over from old, which is another replica or has the same port" in other
+    inner = next(action.inner_ports for action in plan.actions if action.id == "spawn one/0")
+    has = tuple(replace(x, inner_ports=inner[-1:]) if x.id == "old" else x for x in machine.launches)
+    meet = "; ".join(check_plan(wanted, replace(machine, launches=has), plan))
+    assert "spawn one/0 takes over from old, which is another replica or has the same port" in meet
 
 
 @pytest.mark.parametrize(
@@ -536,3 +546,17 @@ def test_what_ends_or_only_draws_leaves_a_gpu_for_one_process_free() -> None:
     plan = make_plan(wanted, machine, NOW)
     assert [action.kind for action in plan.actions] == ["stop", "spawn"]
     assert check_plan(wanted, machine, plan) == []
+
+
+def test_what_is_stopping_counts_as_gone_for_who_waits_for_it_and_what_is_not_ours_never() -> None:
+    text = "version: 1\nengines:\n  keep: {model: k, memory: 80GiB}\n"
+    asked = desired(text)
+    stopping = (
+        "gpus: [H100 80GiB]\nlaunches: [{run: keep/0, gpu: 0, port: 8000, state: %s, stopping: 1s, why: CHANGED}]"
+    )
+    seen = world(yaml.safe_load(stopping % "ready"), asked, NOW)
+    found = make_plan(asked, seen, NOW)
+    assert found.actions[0].waits_for == "keep/0 to end"
+    assert check_plan(asked, seen, found) == []
+    unproven = world(yaml.safe_load(stopping % "unproven"), asked, NOW)
+    assert "GPU 0 would hold 163840 MiB of 81920 MiB after spawn keep/0" in check_plan(asked, unproven, found)
