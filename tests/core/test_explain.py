@@ -144,6 +144,7 @@ def test_what_starts_tells_the_rule_that_chose(case: str) -> None:
     file = wanted(engines)
     item = told(file, machine(file, gpus, launches, **more), "new")
     assert (item.outcome, item.why) == (outcome, ("wanted, and not running", *rules))
+    assert [row.gpu.index for row in item.verdicts] == list(range(len(gpus)))
 
 
 def test_a_start_comes_after_what_is_before_it_and_waits_for_what_is_under_way() -> None:
