@@ -171,6 +171,7 @@ def test_each_gpu_says_what_keeps_it_off() -> None:
         1: (10 * 1024, 10 * 1024, True, "chosen, 0.0GiB left beside it"),
         2: (70 * 1024, 10 * 1024, False, "has s/0 already"),
     }
+    assert told(file, seen, "s/1").why == ("wanted, and not running", "no other GPU would do")
     item = told(file, seen, "t")
     assert item.outcome == "has no place"
     assert item.why[0].startswith("needs 10.0GiB on 1 GPU with nothing else on it")

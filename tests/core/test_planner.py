@@ -188,6 +188,16 @@ def test_a_successor_that_is_told_to_stop_takes_over_from_nobody() -> None:
         assert not any("elsewhere failed" in note for note in found.notes)
 
 
+def test_a_move_is_not_tried_again_before_its_last_try_has_ended() -> None:
+    more = {"file": MOVING + "  third: {model: t, memory: 20GiB, gpus: [1]}\n", "allow_moves": True}
+    third = "run: third/0, gpu: 1, port: 8002, age: 1h, id: third"
+    for tried in (None, frozenset[str]()):
+        found = moving("age: 9s, stopping: 1s, why: STARTUP_TIMEOUT", third, tried=tried, **more)
+        assert not any(action.predecessor for action in found.actions)
+    again = moving("age: 9s, state: exited, exit: 1, ended: 1s", third, tried=frozenset(), **more)
+    assert [action.predecessor for action in again.actions] == ["old", "", ""]
+
+
 def test_while_one_is_being_moved_no_other_room_is_made() -> None:
     file = MOVING + "  third: {model: t, memory: 20GiB}\n  last: {model: l, memory: 70GiB}\n"
     third = "run: third/0, gpu: 2, port: 8002, age: 1h, id: third"
