@@ -237,3 +237,16 @@ def test_what_leaves_makes_room_beside_memory_that_is_not_back_yet() -> None:
         found = machine_with("60GiB", *launches, file=file % size, ran=ran)
         assert [action.id for action in found.actions] == ["stop old/0 old", "spawn next/0"]
         assert found.actions[1].waits_for == waits_for
+
+
+def test_a_replica_that_is_moved_keeps_its_restarts() -> None:
+    text = MOVING + "  third: {model: t, memory: 20GiB}\n"
+    launches = [
+        yaml.safe_load("{run: chat/0, gpu: 0, port: 8000, restarts: 3, age: 1h}"),
+        yaml.safe_load("{run: third/0, gpu: 1, port: 8001, restarts: 3, age: 1h}"),
+    ]
+    wanted = desired(text)
+    found = make_plan(
+        wanted, world({"gpus": ["H100 80GiB"] * 2, "launches": launches}, wanted, NOW), NOW, allow_moves=True
+    )
+    assert [action.restarts for action in found.actions if action.predecessor] == [3]
