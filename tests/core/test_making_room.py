@@ -204,6 +204,30 @@ def test_a_move_that_failed_is_told_and_is_tried_again_once_by_each_apply() -> N
     assert not machine.plan(tried=frozenset({"one/0"})).actions, "it was tried by this very apply"
 
 
+def test_of_moves_that_do_the_one_without_downtime_is_made_then_the_one_that_starts_fastest() -> None:
+    for engines, seconds, moved in (
+        (ONE_TWO_LARGE, (60.0, 600.0), "one/0"),
+        (ONE_TWO_LARGE, (600.0, 60.0), "two/0"),
+        (ONE_TWO_LARGE.replace("30GiB}", "30GiB, port: 8000}", 1), (60.0, 600.0), "two/0"),
+    ):
+        machine = box(engines, 2)
+        machine.run("one/0", 0, port=8000, ready_s=seconds[0])
+        machine.run("two/0", 1, port=8001, ready_s=seconds[1])
+        assert machine.plan().moved() == {moved}
+
+
+def test_of_equals_who_came_last_gives_way() -> None:
+    machine = box(
+        "low: {model: a, memory: 60GiB}\nlate: {model: b, memory: 60GiB}\n"
+        "top: {model: c, memory: 60GiB, priority: 1, preemption: lower}",
+        2,
+    )
+    machine.run("low/0", 0, port=8000)
+    machine.run("late/0", 1, port=8001)
+    gone = [action.replica for action in machine.plan().actions if action.stop_cause is StopCause.DISPLACED]
+    assert gone == ["late/0"]
+
+
 def test_two_that_change_places_both_serve_in_the_end_and_only_one_of_them_stops() -> None:
     machine = box(
         "left: {model: a, memory: 60GiB}\nright: {model: b, memory: 30GiB}\n"

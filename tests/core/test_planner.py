@@ -250,3 +250,16 @@ def test_a_replica_that_is_moved_keeps_its_restarts() -> None:
         wanted, world({"gpus": ["H100 80GiB"] * 2, "launches": launches}, wanted, NOW), NOW, allow_moves=True
     )
     assert [action.restarts for action in found.actions if action.predecessor] == [3]
+
+
+def test_what_has_never_been_ready_is_not_moved() -> None:
+    text = MOVING + "  third: {model: t, memory: 20GiB}\n"
+    for state, moves in (("ready", 1), ("degraded", 1), ("loading", 0)):
+        launches = [
+            yaml.safe_load(f"{{run: chat/0, gpu: 0, port: 8000, state: {state}, age: 9s}}"),
+            yaml.safe_load("{run: third/0, gpu: 1, port: 8001, state: loading, age: 9s}"),
+        ]
+        wanted = desired(text)
+        seen = world({"gpus": ["H100 80GiB"] * 2, "launches": launches}, wanted, NOW)
+        found = make_plan(wanted, seen, NOW, allow_moves=True)
+        assert sum(bool(action.predecessor) for action in found.actions) == moves
