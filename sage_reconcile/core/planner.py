@@ -111,7 +111,9 @@ class _Planner:
             elif self.on_their_way and any(x.destination and _refused(results[x.replica]) for x in requests):
                 self.on_their_way = False  # their places have been taken meanwhile: any other will do
             else:
-                return requests, results, () if self.room_for else room.proposals()
+                proposals = () if self.room_for else room.proposals()
+                in_vain = self.in_vain_for  # to propose what was just tried and led to nothing would be a lie
+                return requests, results, tuple(item for item in proposals if item.replica not in in_vain)
 
     def _taken_back(self, results: _Results) -> bool:
         """Whether some that should have been replaced have nowhere to go, or be moved need not, and so stay."""
