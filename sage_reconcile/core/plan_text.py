@@ -61,7 +61,8 @@ def _engines(plan: Plan, now: float) -> Iterator[str]:
     for kept in plan.kept:
         seen = kept.gpus or not kept.launch.gpus
         on = _place(kept.gpus, kept.launch.memory_mib) if seen else f"{', '.join(kept.launch.gpus)} (not seen)"
-        place = f"{on}  port {kept.launch.port}"
+        lost = len(kept.launch.gpus) - len(kept.gpus) if kept.gpus else 0
+        place = f"{on}{f' (and {lost} that are not seen)' if lost else ''}  port {kept.launch.port}"
         rows.append((f"= {kept.launch.replica}\0unchanged\0{place}", []))
     for item in plan.unplaced:
         stays = ["what runs of it now stays as it is"] if item.runs_on else []

@@ -140,11 +140,12 @@ class Standing:
         self._end("stop", launch, cause, StopCause.STARTUP_TIMEOUT)
 
     def _sort_superseded(self, launch: Launch, successor: Launch) -> None:
-        """It serves until its successor does."""
+        """It serves until its successor does, or as long as it can where that has hung since it was ready."""
         self.ending[launch.id] = launch
         there = ", ".join(str(gpu.index) for gpu in self._on(successor)) or "its new place"
         word = "GPU" if len(successor.gpus) == 1 else "GPUs"
-        waits_for = "" if successor.ready or successor.ready_at else f"{launch.replica} to be ready on {word} {there}"
+        takes_over = successor.ready or (successor.ready_at is not None and not launch.ready)
+        waits_for = "" if takes_over else f"{launch.replica} to be ready on {word} {there}"
         cause = f"moved to {word} {there}"
         self.actions.append(end("stop", launch, cause, StopCause.MOVED, waits_for=waits_for))
 
