@@ -83,3 +83,29 @@ def test_the_replay_of_a_small_cluster(tmp_path: Path, capsys: pytest.CaptureFix
         assert mean == pytest.approx(sum(each) / 2, abs=0.01)
         assert all(0 <= share < 100 for share in each)
     assert told[3] == ["authors'", "FGD", "4.77"]
+
+
+def test_openb_wastes_what_each_task_cannot_use() -> None:
+    half, whole = (openb.Task(4000, 0, 1, milli, frozenset()) for milli in (500, 1000))
+    wide = openb.Task(8000, 0, 2, 1000, frozenset({"T4"}))
+    waste = openb.Waste([half, whole, wide, openb.Task(1000, 0, 0, 1000, frozenset())])
+    assert waste.total == 3
+    assert waste.of("T4", 8000, [1000, 1000]) == 0
+    assert waste.of("P100", 8000, [1000, 1000]) == 2000  # the model is not one of the wide task's
+    assert waste.of("T4", 7999, [1000, 1000]) == 2000  # too little CPU for the wide one
+    assert waste.of("T4", 3999, [1000, 1000]) == 6000  # and for any
+    assert waste.of("T4", 8000, [1000, 600]) == 600 + 1600  # the whole one cannot use a part, the wide one nothing
+    assert waste.of("T4", 8000, [400, 0]) == 1200
+
+
+def test_openb_opens_no_second_node_while_the_first_serves() -> None:
+    tasks = [openb.Task(4000, 8192, 1, milli, frozenset()) for milli in (500, 1000)]
+    nodes = [openb.Node("T4", 64000, 262144, [1000]), openb.Node("T4", 64000, 262144, [500, 1000])]
+    score = openb.by_waste(openb.Waste(tasks))
+    scored = [score(node, tasks[0]) for node in nodes]
+    assert all(scored)
+    assert [found[1] for found in scored if found] == [(0,), (0,)]  # inside a node: the GPU that is begun
+    scores = openb.Scores(nodes, score, fixed=True)
+    assert scores.best(0, tasks[0]) == 1
+    roomy, tight = (openb.Node("T4", 64000, memory, [1000]) for memory in (262144, 131072))
+    assert openb.Scores([roomy, tight], score, fixed=True).best(0, tasks[0]) == 1  # equal waste: the one less left of
