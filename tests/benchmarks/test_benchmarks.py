@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import cold_diff, core_pass, edit_to_exec, idle, openb, placement
+from tests.benchmarks import cold_diff, core_pass, edit_to_exec, idle, openb, placement, sizing
 from tests.benchmarks.figures import Figure, p99, table
 
 
@@ -82,3 +82,13 @@ def test_the_replay_of_a_small_cluster(tmp_path: Path, capsys: pytest.CaptureFix
         assert mean == pytest.approx(sum(each) / 2, abs=0.01)
         assert all(0 <= share < 100 for share in each)
     assert told[3] == ["authors'", "FGD", "4.77"]
+
+
+def test_what_is_said_of_measured_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(__file__).parents[1] / "core/measured"
+    assert sizing.main([str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:2] == ["3", "Llama-3.3-70B-Instruct-fp8-dynamic"] for line in lines)
+    assert any(line.startswith("weights: mean 0.") for line in lines)
+    assert any(line.startswith("KV tokens within 0.1%: 16 of 17; of one stage: 16 of 16") for line in lines)
+    assert sizing.main([]) == 64
