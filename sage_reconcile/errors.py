@@ -9,7 +9,8 @@
     ├── SpawnError              a process could not be started
     │   └── PortTaken           … since another program has its port by now
     ├── UnsafePlan              a plan failed its independent check; nothing of it was carried out
-    └── NotFound                an engine or replica of that name does not exist
+    ├── NotFound                an engine or replica of that name does not exist
+    └── UnknownModel            nothing on this machine tells how large a model is
 
 Each class carries the exit code with which the command line ends for it.
 """
@@ -86,3 +87,7 @@ class UnsafePlan(SageReconcileError):
 
 class NotFound(SageReconcileError):
     """No engine or replica of that name exists."""
+
+
+class UnknownModel(SageReconcileError):
+    """Nothing on this machine tells how large a model is; the message says what to give."""

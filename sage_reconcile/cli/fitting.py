@@ -34,7 +34,7 @@ def would_it_fit(path: Path, declared: Sequence[Declared], *, as_json: bool) -> 
     observed = Observed(
         gpus=gpus,
         links=declared_links(declared, gpus),
-        models=ModelReader(path.parent).read(desired),
+        models=ModelReader(path.parent, os.environ).read(desired),
         gpu_note="GPUs that are only declared have no UUIDs to go by: name them by index",
     )
     plan = judged(desired, observed, 0.0).plan

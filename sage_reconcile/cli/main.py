@@ -175,6 +175,63 @@ def gpu(
 
 
 @app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="A folder (a config.json in it is enough), or a name on the hub.")],
+    *,
+    tensor: Annotated[int | None, typer.Option("-tp", "--tensor-parallel-size", min=1, show_default=False)] = None,
+    pipeline: Annotated[int, typer.Option("-pp", "--pipeline-parallel-size", min=1)] = 1,
+    data: Annotated[int, typer.Option("-dp", "--data-parallel-size", min=1)] = 1,
+    experts: Annotated[bool, typer.Option("--enable-expert-parallel", help="Whole experts on each rank.")] = False,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            "--context",
+            help="Tokens of the longest request, 8192 or 32k (32768); default: what the model is made for.",
+            show_default=False,
+        ),
+    ] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Full-length requests at one time.")] = 1,
+    kv_cache: Annotated[
+        str | None, typer.Option("--kv-cache", help="A KV cache of this size instead, 8GiB.", show_default=False)
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option("--kv-cache-dtype", help="auto, or fp8.")] = "auto",
+    quantization: Annotated[
+        str, typer.Option("--quantization", help="What vLLM shall make of it, fp8.", show_default=False)
+    ] = "",
+    batched: Annotated[int, typer.Option("--max-num-batched-tokens", min=0, show_default=False)] = 0,
+    sequences: Annotated[int, typer.Option("--max-num-seqs", min=0, show_default=False)] = 0,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", help="Does it fit on this GPU? H100-80GB, 24GiB, 8xH100-80GB.", show_default=False),
+    ] = None,
+    longest: Annotated[bool, typer.Option("--max", help="The longest context that fits there.")] = False,
+    output: Output = "text",
+) -> None:
+    """Show how much of each GPU a model takes, part by part, before it is ever started. No network, no weights.
+
+    Exits 3 where it does not fit on the GPU that is given.
+    """
+    from sage_reconcile.cli import estimating
+    from sage_reconcile.core.weights import Parallel
+    from sage_reconcile.core.workload import Workload, cache_bytes, dtype_bytes
+
+    work = Workload(
+        parallel=Parallel(tensor or 1, pipeline, data, experts),
+        context=estimating.tokens(context) if context else 0,
+        concurrency=concurrency,
+        batched_tokens=batched,
+        sequences=sequences,
+        dtype_bytes=dtype_bytes(estimating.known_dtype(dtype)),
+        cache_bytes=cache_bytes(kv_cache_dtype),
+        quantization=quantization,
+    )
+    kinds = _declared(gpu, "--gpu") if gpu is not None else ()
+    asked = estimating.question(model, work, kinds, tensor_told=tensor is not None, longest=longest, kv_cache=kv_cache)
+    raise Finished(estimating.estimate_model(asked, as_json=_format(output)))
+
+
+@app.command()
 def logs(
     name: Annotated[str, typer.Argument(help="An engine, or one of its replicas such as chat/0.")],
     file: Annotated[
@@ -211,7 +268,7 @@ def schema() -> None:
     raise Finished(commands.schema())
 
 
-def _declared(text: str) -> Sequence[Declared]:
+def _declared(text: str, option: str = "--gpus") -> Sequence[Declared]:
     """The GPUs that are meant."""
     from pydantic_core import PydanticCustomError
 
@@ -221,7 +278,7 @@ def _declared(text: str) -> Sequence[Declared]:
         return read_gpus(text)
     except PydanticCustomError as error:
         told = error.context or {}
-        raise typer.BadParameter(f"{told['what']}; {told['fix']}", param_hint="--gpus") from None
+        raise typer.BadParameter(f"{told['what']}; {told['fix']}", param_hint=option) from None
 
 
 def _format(output: str) -> bool:

@@ -3,71 +3,31 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sage_reconcile.core.observed import Gpu, Launch, Life, ModelFacts, Observed
+from sage_reconcile.core.sizing import Card, guess, size
 from sage_reconcile.core.spec import EngineSpec
+from sage_reconcile.core.workload import workload
 
-BYTES_PER_PARAMETER = 2
-"""bfloat16, what vLLM serves by default."""
 MEMORY_RETURN_S = 30.0
 """How long what a process held may take to come back after its end; the driver is done within a few seconds."""
-_MARGIN = 1.2
-_BASE_MIB = 2048
 _OUTSIDE_ONE_RANK_MIB = 614
 _OUTSIDE_MANY_RANKS_MIB = 1638
-_MIB = 1 << 20
-_NAMED_SIZE = re.compile(r"(?<![A-Za-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", re.IGNORECASE)
 
 
-def parameters_from_name(model: str) -> int | None:
-    """Parameters as model names tell them: ``Llama-3.1-8B`` is 8e9, ``8x7B`` 56e9; None where they don't."""
-    match = _NAMED_SIZE.search(model.rstrip("/").rsplit("/", 1)[-1])
-    if match is None:
-        return None
-    scale = 1e9 if match[3].lower() == "b" else 1e6
-    return round(int(match[1] or 1) * float(match[2]) * scale)
-
-
-def parameters_from_config(config: Mapping[str, object]) -> int | None:
-    """Parameters of a decoder-only transformer from its ``config.json``; None where a needed field is missing.
-
-    Embedding and head (one where they are tied), attention with grouped heads, gated feed-forward,
-    experts where there are any; norms are too small to count.
-    """
-
-    def number(name: str) -> int:
-        value = config.get(name)
-        return value if isinstance(value, int) and not isinstance(value, bool) else 0
-
-    hidden, layers, vocabulary = number("hidden_size"), number("num_hidden_layers"), number("vocab_size")
-    heads = number("num_attention_heads")
-    if not (hidden and layers and vocabulary and heads):
-        return None
-    head = number("head_dim") or hidden // heads
-    attention = 2 * hidden * head * (heads + (number("num_key_value_heads") or heads))
-    experts = number("num_local_experts") or number("num_experts") or number("n_routed_experts")
-    width = (
-        number("moe_intermediate_size") if experts and number("moe_intermediate_size") else number("intermediate_size")
-    )
-    feed_forward = 3 * hidden * width * max(1, experts)
-    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    return layers * (attention + feed_forward) + embeddings
-
-
-def automatic_mib(spec: EngineSpec, facts: ModelFacts | None) -> int | None:
+def automatic_mib(spec: EngineSpec, gpu: Gpu, facts: ModelFacts | None) -> int | None:
     """MiB per GPU for ``memory: auto``; None where nothing tells the model's size.
 
-    The field's plain rule: two bytes a parameter, times 1.2 for what comes with the weights, divided over
-    the tensor and pipeline ranks, plus 2 GiB on each GPU.
+    Room for one request of the longest context: of ``max-model-len`` in ``args``, else of what the model is made for,
+    which is what vLLM asks of its KV cache before it starts. Where the model was not read, what its name tells.
     """
-    parameters = facts.parameters if facts and facts.parameters else parameters_from_name(spec.model or "")
-    if parameters is None:
-        return None
-    weights = parameters * BYTES_PER_PARAMETER / _MIB
-    return math.ceil(weights * _MARGIN / (spec.tensor_parallel_size * spec.pipeline_parallel_size)) + _BASE_MIB
+    work = workload(spec)
+    if facts and facts.config:
+        return size(facts.config, work, Card(gpu.name, gpu.memory_total_mib), facts.checkpoint).total_mib
+    parts = guess(spec.model or "", work.parallel)
+    return sum(part.mib for part in parts) if parts else None
 
 
 def promised_mib(spec: EngineSpec, gpu: Gpu, facts: ModelFacts | None) -> int | None:
@@ -78,7 +38,7 @@ def promised_mib(spec: EngineSpec, gpu: Gpu, facts: ModelFacts | None) -> int | 
         case "percent":
             return int(gpu.memory_total_mib * spec.memory.amount / 100)
         case "auto":
-            return automatic_mib(spec, facts)
+            return automatic_mib(spec, gpu, facts)
 
 
 def utilization(spec: EngineSpec, memory_mib: int, gpu: Gpu) -> float:

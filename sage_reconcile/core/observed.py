@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from sage_reconcile.core.model_config import ModelConfig
+from sage_reconcile.core.weights import Checkpoint
+
 
 @dataclass(frozen=True, slots=True)
 class GpuProcess:
@@ -206,10 +209,16 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What could be read of a model without loading it."""
+    """What could be read of a model without loading it.
 
-    parameters: int | None
+    ``source`` is the folder it was read from, ``config`` what its ``config.json`` says, ``checkpoint`` what the
+    headers of its weights say; None where one could not be read, and ``problem`` tells why.
+    """
+
     source: str
+    config: ModelConfig | None = None
+    checkpoint: Checkpoint | None = None
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ class LocalHost:
         self._found: dict[str, Found] = {}
         self._logs: list[Path] = []
         self._found_bound: set[int] = set()
-        self._models = ModelReader(folder)
+        self._models = ModelReader(folder, environ)
 
     @property
     def writes(self) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import cold_diff, core_pass, edit_to_exec, idle, moves, openb, placement
+from tests.benchmarks import cold_diff, core_pass, edit_to_exec, idle, moves, openb, placement, sizing
 from tests.benchmarks.figures import Figure, p99, table
 
 
@@ -109,3 +109,13 @@ def test_openb_opens_no_second_node_while_the_first_serves() -> None:
     assert scores.best(0, tasks[0]) == 1
     roomy, tight = (openb.Node("T4", 64000, memory, [1000]) for memory in (262144, 131072))
     assert openb.Scores([roomy, tight], score, fixed=True).best(0, tasks[0]) == 1  # equal waste: the one less left of
+
+
+def test_what_is_said_of_measured_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(__file__).parents[1] / "core/measured"
+    assert sizing.main([str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:2] == ["3", "Llama-3.3-70B-Instruct-fp8-dynamic"] for line in lines)
+    assert any(line.startswith("weights: mean 0.") for line in lines)
+    assert any(line.startswith("KV tokens within 0.1%: 16 of 17; of one stage: 16 of 16") for line in lines)
+    assert sizing.main([]) == 64

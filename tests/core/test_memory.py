@@ -9,16 +9,15 @@ import pytest
 
 from sage_reconcile.core.memory import (
     Occupancy,
-    automatic_mib,
     launches_by_gpu,
     occupancy,
-    parameters_from_config,
-    parameters_from_name,
     promised_mib,
     utilization,
 )
+from sage_reconcile.core.model_config import read_model_config
 from sage_reconcile.core.observed import Gpu, GpuProcess, Launch, Life, ModelFacts, Observed
 from sage_reconcile.core.spec import EngineSpec
+from sage_reconcile.core.weights import Checkpoint, Piece, Share
 
 GIB = 1024
 CARD = Gpu("GPU-0", 0, "H100", "0000:00:00.0", 80 * GIB)
@@ -50,28 +49,6 @@ def card(*processes: GpuProcess, used: int | None = None, **fields: Any) -> Gpu:
     return replace(CARD, processes=processes, memory_used_mib=told if used is None else used, **fields)
 
 
-@pytest.mark.parametrize(
-    ("model", "parameters"),
-    [
-        ("meta-llama/Llama-3.1-8B", 8e9),
-        ("Qwen/Qwen2.5-0.5B-Instruct", 0.5e9),
-        ("Qwen/Qwen3-30B-A3B", 30e9),
-        ("mistralai/Mixtral-8x7B-v0.1", 56e9),
-        ("facebook/opt-125m", 125e6),
-        ("/models/llama-70b/", 70e9),
-        ("google/gemma-2-9b-it", 9e9),
-        ("BAAI/bge-m3", None),
-        ("gpt2", None),
-        ("org-7b/mystery", None),
-        ("deepseek-ai/DeepSeek-V3", None),
-        ("model-v1.5beta", None),
-        ("", None),
-    ],
-)
-def test_names_tell_parameters(model: str, parameters: float | None) -> None:
-    assert parameters_from_name(model) == parameters
-
-
 LLAMA_8B = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
@@ -79,59 +56,46 @@ LLAMA_8B = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
 }
+FACTS = ModelFacts("folder", read_model_config(LLAMA_8B))
 
 
-@pytest.mark.parametrize(
-    ("config", "billions"),
-    [
-        (LLAMA_8B, 8.03),
-        (LLAMA_8B | {"tie_word_embeddings": True}, 8.03 - 0.525),
-        (LLAMA_8B | {"num_key_value_heads": None}, 8.03 + 32 * 2 * 4096 * 128 * 24 / 1e9),
-        (LLAMA_8B | {"head_dim": 256}, 8.03 + 32 * 2 * 4096 * 128 * 40 / 1e9),
-        # Mixtral-8x7B: 46.7
-        (LLAMA_8B | {"vocab_size": 32000, "num_local_experts": 8}, 46.7),
-        # Qwen3-30B-A3B: 30.5
-        (
-            {
-                "hidden_size": 2048,
-                "num_hidden_layers": 48,
-                "vocab_size": 151936,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 4,
-                "head_dim": 128,
-                "intermediate_size": 6144,
-                "moe_intermediate_size": 768,
-                "num_experts": 128,
-            },
-            30.5,
-        ),
-    ],
-)
-def test_configs_tell_parameters(config: dict[str, object], billions: float) -> None:
-    assert parameters_from_config(config) == pytest.approx(billions * 1e9, rel=0.01)
+def automatic(facts: ModelFacts | None = FACTS, gpu: Gpu = CARD, **fields: Any) -> int:
+    need = promised_mib(spec(memory="auto", **fields), gpu, facts)
+    assert need is not None
+    return need
 
 
-@pytest.mark.parametrize("missing", ["hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads"])
-def test_a_config_without_a_needed_field_tells_nothing(missing: str) -> None:
-    assert parameters_from_config({**LLAMA_8B, missing: None}) is None
-    assert parameters_from_config({**LLAMA_8B, missing: True}) is None
-    assert parameters_from_config({key: value for key, value in LLAMA_8B.items() if key != missing}) is None
+def test_auto_by_name_is_weights_and_a_fifth_over_the_ranks_and_two_gib() -> None:
+    assert automatic(None, model="Llama-8B") == 18311 + 2048
+    assert automatic(None, model="Llama-8B", tensor_parallel_size=2) == 9156 + 2048
+    assert automatic(None, model="Llama-8B", pipeline_parallel_size=2, tensor_parallel_size=2) == 4578 + 2048
+    assert automatic(None, model="Llama-8B", data_parallel_size=2) == 18311 + 2048, "each copy is whole"
+    assert automatic(ModelFacts("f", problem="unreadable"), model="Llama-8B") == 18311 + 2048
+    assert promised_mib(spec(model="mystery"), CARD, ModelFacts("f", problem="unreadable")) is None
 
 
-def test_auto_is_weights_and_a_fifth_over_the_ranks_and_two_gib() -> None:
-    assert automatic_mib(spec(model="Llama-8B"), None) == 18311 + 2048
-    assert automatic_mib(spec(model="Llama-8B", tensor_parallel_size=2), None) == 9156 + 2048
-    assert automatic_mib(spec(model="Llama-8B", pipeline_parallel_size=2, tensor_parallel_size=2), None) == 4578 + 2048
-    assert automatic_mib(spec(model="Llama-8B", data_parallel_size=2), None) == 18311 + 2048, "each copy is whole"
+def test_auto_has_room_for_one_request_of_the_longest_context() -> None:
+    kv_of_1k = 1024 * 32 * 2 * 8 * 128 * 2 // 2**20
+    whole = automatic()
+    assert automatic(args={"max-model-len": 4096}) == whole - 4 * kv_of_1k
+    assert automatic(args={"max-model-len": "4K"}) == whole - 4 * kv_of_1k
+    assert automatic(args={"max-model-len": 4096, "kv-cache-dtype": "fp8"}) == pytest.approx(
+        whole - 6 * kv_of_1k, abs=2
+    )
+    assert automatic(args={"enforce-eager": True}) == whole - 1280, "no graphs"
 
 
-def test_what_was_read_of_a_model_beats_its_name() -> None:
-    facts = ModelFacts(1_000_000_000, "config.json")
-    assert automatic_mib(spec(model="Llama-8B"), facts) == 2289 + 2048
-    assert automatic_mib(spec(model="Llama-8B"), ModelFacts(None, "unreadable")) == 18311 + 2048
-    assert automatic_mib(spec(model="mystery"), ModelFacts(None, "unreadable")) is None
-    assert automatic_mib(spec(model="mystery"), None) is None
+def test_auto_takes_the_weights_from_the_headers_where_they_were_read() -> None:
+    half = Checkpoint((Piece(0, Share.TENSOR, 2**32, 0),))
+    assert automatic(replace(FACTS, checkpoint=half)) < automatic() - 6 * GIB
+
+
+def test_auto_depends_on_the_gpu_as_vllms_own_defaults_do() -> None:
+    small = automatic(gpu=replace(CARD, name="L40S", memory_total_mib=48 * GIB))
+    assert automatic(gpu=replace(CARD, name="A100-80GB")) == small < automatic()
+    assert automatic(gpu=replace(CARD, name="H200", memory_total_mib=141 * GIB)) == automatic()
 
 
 def test_promises() -> None:

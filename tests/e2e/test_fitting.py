@@ -66,7 +66,7 @@ def test_diff_with_gpus_keeps_to_headroom_exclusions_pins_and_models_of_the_file
     box.write(engines, host="headroom: 1GiB\nexclude: [0]")
     plan = box.json("diff", "--gpus", "3x24GiB", expect=3)
     assert {a["replica"]: ([gpu["index"] for gpu in a["gpus"]], a["memory_mib"]) for a in plan["actions"]} == {
-        "auto/0": ([2], 17471),
+        "auto/0": ([2], 16822),
         "more/0": ([1], 22528),
     }
     reasons = {item["replica"]: item["reason"] for item in plan["unplaced"]}

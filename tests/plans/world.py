@@ -17,7 +17,8 @@ import yaml
 
 from sage_reconcile.core.declared import declared_gpus, declared_links
 from sage_reconcile.core.lifecycle import StopCause
-from sage_reconcile.core.memory import parameters_from_config, promised_mib
+from sage_reconcile.core.memory import promised_mib
+from sage_reconcile.core.model_config import read_model_config
 from sage_reconcile.core.observed import (
     ComputeMode,
     Exit,
@@ -111,9 +112,7 @@ def _links(data: Mapping[str, list[list[int]]]) -> dict[frozenset[str], Link]:
 
 
 def _facts(facts: Mapping[str, Any]) -> ModelFacts:
-    if "config" in facts:
-        return ModelFacts(parameters_from_config(facts["config"]), "config.json")
-    return ModelFacts(facts.get("parameters"), str(facts.get("source", "config.json")))
+    return ModelFacts("config.json", read_model_config(facts["config"]))
 
 
 def _gpu(index: int, item: Any) -> Gpu:

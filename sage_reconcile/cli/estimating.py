@@ -1,0 +1,151 @@
+"""The command ``estimate``: how much of each GPU a model takes, before it is ever started."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from pydantic_core import PydanticCustomError
+
+from sage_reconcile.cli import rendering
+from sage_reconcile.core.estimate import Question, estimate
+from sage_reconcile.core.gpu_models import Declared
+from sage_reconcile.core.units import printable, size_mib
+from sage_reconcile.core.workload import Workload
+from sage_reconcile.errors import UnknownModel
+from sage_reconcile.host.models import ModelReader
+
+DOES_NOT_FIT = 3
+_TOKENS = re.compile(r"(\d{1,12})([kKmM]?)")
+_DTYPES = ("auto", "bfloat16", "float16", "half", "float", "float32")
+_WIDTH = 40
+_NAMES = {
+    "weights": "weights",
+    "kv_cache": "KV cache",
+    "activation": "activation",
+    "cuda_graphs": "CUDA graphs",
+    "context": "CUDA context",
+    "nccl": "NCCL",
+    "lora": "LoRA adapters",
+    "draft": "draft model",
+    "margin": "margin",
+}
+_MARKS = {"weights": "#", "kv_cache": "=", "margin": "-"}
+
+
+def tokens(text: str) -> int:
+    """``8192``, or ``32k`` (32 × 1024) tokens."""
+    match = _TOKENS.fullmatch(text.strip())
+    count = int(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2].lower()] if match else 0
+    if not 0 < count < 1 << 40:
+        raise typer.BadParameter(f"{text[:60]!r} is no number of tokens; write 8192 or 32k", param_hint="--context")
+    return count
+
+
+def known_dtype(dtype: str) -> str:
+    """A type that vLLM's ``--dtype`` takes."""
+    if dtype not in _DTYPES:
+        raise typer.BadParameter(
+            f"{dtype!r} is no type; write auto, bfloat16, float16 or float32", param_hint="--dtype"
+        )
+    return dtype
+
+
+def question(
+    model: str, work: Workload, kinds: Sequence[Declared], *, tensor_told: bool, longest: bool, kv_cache: str | None
+) -> Question:
+    """What is asked, put together; ``kinds`` are the GPUs that were given, none or of one kind."""
+    if longest and not kinds:
+        raise typer.BadParameter("it asks what fits on a GPU; give one with --gpu", param_hint="--max")
+    if len(kinds) > 1:
+        raise typer.BadParameter(
+            "one replica runs on GPUs of one model; name one, as in 8xH100-80GB", param_hint="--gpu"
+        )
+    kv_mib = 0
+    if kv_cache is not None:
+        try:
+            kv_mib = size_mib(kv_cache)
+        except PydanticCustomError as error:
+            told = error.context or {}
+            raise typer.BadParameter(f"{told['what']}; {told['fix']}", param_hint="--kv-cache") from None
+    return Question(model, work, kinds[0] if kinds else None, tensor_told, longest, kv_mib)
+
+
+def estimate_model(asked: Question, *, as_json: bool) -> int:
+    """``estimate``. Ends with 0 where it fits or no GPU was given, else with 3.
+
+    Raises:
+        UnknownModel: neither a folder, nor the cache, nor the name tells how large the model is.
+    """
+    facts = ModelReader(Path.cwd(), os.environ).facts(asked.model)
+    document = estimate(asked, facts)
+    if document is None:
+        found = f" ({facts.source}: {facts.problem})" if facts and facts.problem else ""
+        raise UnknownModel(
+            f"nothing here tells how large {printable(asked.model)} is{found}: give a folder with its config.json, "
+            "download it into the Hugging Face cache (HF_HOME), or use a name that tells, such as org/Model-8B"
+        )
+    if as_json:
+        print(json.dumps(document, indent=2))
+    else:
+        _show(document)
+    gpu = document["gpu"]
+    return 0 if gpu is None or gpu["fits"] else DOES_NOT_FIT
+
+
+def _show(document: Mapping[str, Any]) -> None:
+    sizes = {name: document[f"{name}_parallel_size"] for name in ("tensor", "pipeline", "data")}
+    used = [f"{name[0]}p {size}" for name, size in sizes.items() if size > 1]
+    asked = "" if document["context"] is None else f", {document['concurrency']} x {document['context']:,} tokens"
+    named = printable(document["model"])
+    print(f"{', '.join([named + asked, *used])}: MiB of each GPU\n")
+    parts = {name: document["parts"][f"{name}_mib"] for name in _NAMES}
+    shown = {name: mib for name, mib in parts.items() if mib}
+    total = document["total_mib"]
+    rows = [
+        (_NAMES[name], f"{mib:>8}", rendering.gib(mib), document["part_confidence"][name], _bar(mib, total, name))
+        for name, mib in shown.items()
+    ]
+    rendering.table(
+        ("PART", "     MIB", "", "HOW SURE", ""), [*rows, ("total", f"{total:>8}", rendering.gib(total), "", "")]
+    )
+    print()
+    if document["kv_tokens"] is not None:
+        print(f"The KV cache holds {document['kv_tokens']:,} tokens.")
+    if document["context_assumed"]:
+        print("Its config.json tells no longest context: that is vLLM's default. Say it with --context.")
+    if document["gpu"]:
+        _show_gpu(document, document["gpu"])
+    if not document["source"]:
+        print("A guess from the name: nothing of the model is here. A folder with its config.json would do.")
+    if document["note"]:
+        rendering.note(f"{document['note']}; worked out from what else is known")
+
+
+def _bar(mib: int, total: int, name: str) -> str:
+    return _MARKS.get(name, "+") * max(1, round(_WIDTH * mib / max(1, total)))
+
+
+def _show_gpu(document: Mapping[str, Any], gpu: Mapping[str, Any]) -> None:
+    where = f"{gpu['count']} x {gpu['name']}" if gpu["count"] > 1 else gpu["name"]
+    usable, total = rendering.gib(gpu["usable_mib"]), rendering.gib(document["total_mib"])
+    if gpu["longest_context"] is not None:
+        each = f" of {document['concurrency']} requests at one time" if document["concurrency"] > 1 else ""
+        print(f"The longest context{each} on {where}: {gpu['longest_context']:,} tokens.")
+    verdict = "It fits" if gpu["fits"] else "It does not fit"
+    print(f"{verdict} on {where}: {total} of {usable} that can be used of each.")
+    if gpu["kv_tokens"]:
+        many = f"{gpu['concurrency']:.1f} requests of {document['context']:,}"
+        print(f"With a whole GPU for itself its KV cache holds {gpu['kv_tokens']:,} tokens: {many}.")
+    smallest = gpu["smallest_tensor_parallel_size"]
+    if smallest is None:
+        print(
+            "No tensor parallel size of 1, 2, 4 or 8 holds it there: shorten --context, or take --kv-cache-dtype fp8."
+        )
+    elif smallest != document["tensor_parallel_size"]:
+        print(f"The smallest tensor parallel size that holds it there: {smallest}.")
