@@ -10,7 +10,6 @@ import shlex
 import string
 from collections.abc import Mapping
 from contextlib import suppress
-from ipaddress import ip_address
 
 from pydantic_core import PydanticCustomError
 
@@ -230,6 +229,8 @@ def read_bind(value: object) -> object:
     text = read_text(value)
     if not isinstance(text, str) or _HOST_NAME.fullmatch(text):
         return text
+    from ipaddress import ip_address  # noqa: PLC0415 - names and IPv4 addresses do without
+
     with suppress(ValueError):
         return str(ip_address(text))
     raise fault(f"{text[:60]!r} is not an address", "write one such as 127.0.0.1, ::1 or 0.0.0.0, without a port")

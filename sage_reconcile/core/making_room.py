@@ -109,6 +109,8 @@ class MakingRoom:
 
         First as if whatever starts now stood where the plan puts it, then with that free to be arranged anew.
         """
+        if not candidates:
+            return None
         self._trials = 0
         stay = [other for other in self.placed if other.rank() < request.rank() or not request.returning]
         standing = place(self.desired, self.observed, stay, self.leaving)

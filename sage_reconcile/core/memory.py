@@ -7,9 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sage_reconcile.core.observed import Gpu, Launch, Life, ModelFacts, Observed
-from sage_reconcile.core.sizing import Card, guess, size
 from sage_reconcile.core.spec import EngineSpec
-from sage_reconcile.core.workload import workload
 
 MEMORY_RETURN_S = 30.0
 """How long what a process held may take to come back after its end; the driver is done within a few seconds."""
@@ -23,6 +21,10 @@ def automatic_mib(spec: EngineSpec, gpu: Gpu, facts: ModelFacts | None) -> int |
     Room for one request of the longest context: of ``max-model-len`` in ``args``, else of what the model is made for,
     which is what vLLM asks of its KV cache before it starts. Where the model was not read, what its name tells.
     """
+    # 15 ms of every start, and wanted only where a size has to be worked out
+    from sage_reconcile.core.sizing import Card, guess, size  # noqa: PLC0415
+    from sage_reconcile.core.workload import workload  # noqa: PLC0415
+
     work = workload(spec)
     if facts and facts.config:
         return size(facts.config, work, Card(gpu.name, gpu.memory_total_mib), facts.checkpoint).total_mib

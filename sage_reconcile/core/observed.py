@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-from sage_reconcile.core.model_config import ModelConfig
-from sage_reconcile.core.weights import Checkpoint
+if TYPE_CHECKING:
+    from sage_reconcile.core.model_config import ModelConfig
+    from sage_reconcile.core.weights import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sage_reconcile.core.model_config import ModelConfig, read_model_config
 from sage_reconcile.core.observed import ModelFacts
 from sage_reconcile.core.spec import Desired
-from sage_reconcile.core.weights import Checkpoint, Tensor, read_checkpoint
+
+if TYPE_CHECKING:
+    from sage_reconcile.core.model_config import ModelConfig
+    from sage_reconcile.core.weights import Checkpoint, Tensor
 
 INDEX = "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000
@@ -110,6 +113,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _read(folder: Path, files: list[Path]) -> ModelFacts:
+    from sage_reconcile.core.model_config import read_model_config  # noqa: PLC0415 - not for every start
+
     source = str(folder)
     try:
         data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -140,6 +145,8 @@ def _checkpoint(files: list[Path], config: ModelConfig) -> Checkpoint:
             files = sorted(files[0].parent / str(shard) for shard in shards)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise _Unreadable(f"its {INDEX} cannot be read") from None
+    from sage_reconcile.core.weights import read_checkpoint  # noqa: PLC0415 - not for every start
+
     tensors = [tensor for file in files for tensor in _header(file)]
     try:
         return read_checkpoint(tensors, config)
@@ -152,6 +159,8 @@ def _header(path: Path) -> list[Tensor]:
 
     https://github.com/huggingface/safetensors, "Format".
     """
+    from sage_reconcile.core.weights import Tensor  # noqa: PLC0415 - not for every start
+
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
