@@ -12,7 +12,7 @@ from sage_reconcile.core.spec import EngineSpec
 MEMORY_RETURN_S = 30.0
 """How long what a process held may take to come back after its end; the driver is done within a few seconds."""
 _OUTSIDE_ONE_RANK_MIB = 614
-_OUTSIDE_MANY_RANKS_MIB = 1638
+_OUTSIDE_MANY_RANKS_MIB = 2060
 
 
 def automatic_mib(spec: EngineSpec, gpu: Gpu, facts: ModelFacts | None) -> int | None:
@@ -47,7 +47,8 @@ def utilization(spec: EngineSpec, memory_mib: int, gpu: Gpu) -> float:
     """vLLM's ``--gpu-memory-utilization`` for a promise, so that all of the engine fits inside it.
 
     vLLM takes this share of the GPU for weights, activations and KV cache; the CUDA context and NCCL come
-    on top (measured on H100: 0.51 GiB with one rank, up to 1.55 GiB with several), so they are taken off
+    on top (measured on H100: 0.51 GiB with one rank, 1.55 GiB with several, 2.01 GiB with several of a model with
+    experts, which is taken for several since nothing here tells which it is), so they are taken off
     first. Rounded down to six decimals. The simulator has no context.
     """
     outside = 0
