@@ -183,7 +183,8 @@ def worlds(draw: st.DrawFn, busy: bool = True) -> World:
     ran_text = text if draw(st.booleans()) else draw(files())
     ran = read_once(ran_text)
     simulated = draw(st.integers(0, 9)) == 0
-    box = [draw(gpus(index, simulated)) for index in range(draw(st.integers(0, 8)))]
+    width = draw(st.one_of(st.integers(0, 8), st.sampled_from([12, 16])))
+    box = [draw(gpus(index, simulated)) for index in range(width)]
     found: list[Launch] = []
     if busy and ran.engines:
         found = [draw(launches(number, ran, box)) for number in range(draw(st.integers(0, 6)))]
