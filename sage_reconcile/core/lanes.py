@@ -25,12 +25,17 @@ class Lanes:
         self._ids: dict[object, list[str]] = defaultdict(list)
         self._texts: dict[object, list[str]] = defaultdict(list)
         self._last: dict[str, str] = {}
+        self._held: dict[str, list[str]] = defaultdict(list)
+        for gpu in standing.observed.gpus:
+            for process in gpu.processes:
+                if process.launch is not None:
+                    self._held[process.launch].append(gpu.uuid)
         acted_on = {action.launch for action in standing.actions}
         for action in standing.actions:
             self.ends(action, standing.launches[action.launch])
         for launch in standing.ending.values():
             if launch.id not in acted_on:
-                for key in _keys(launch):
+                for key in self._keys(launch):
                     self._texts[key].append(f"{launch.replica} to end")
         loading = [x for x in standing.kept.values() if not x.ready and x.ready_at is None]
         for launch in loading:
@@ -52,9 +57,13 @@ class Lanes:
             if gpu.uuid in standing.lingering
         }
 
+    def _keys(self, launch: Launch) -> tuple[object, ...]:
+        """What it has that a start may need: where it was placed, and where it holds memory all the same."""
+        return tuple(dict.fromkeys((launch.replica, *launch.ports, *launch.gpus, *self._held.get(launch.id, ()))))
+
     def ends(self, action: Action, launch: Launch) -> None:
         """From now on, what shares the replica, a port or a GPU with this launch comes after the action."""
-        for key in _keys(launch):
+        for key in self._keys(launch):
             self._ids[key].append(action.id)
 
     def after(self, keys: Sequence[object]) -> tuple[str, ...]:
@@ -83,7 +92,3 @@ class Lanes:
         for gpu in action.gpus:
             if gpu.uuid in self._room:
                 self._room[gpu.uuid] -= action.memory_mib
-
-
-def _keys(launch: Launch) -> tuple[object, ...]:
-    return (launch.replica, *launch.ports, *launch.gpus)

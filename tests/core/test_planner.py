@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from sage_reconcile.core.check import check_plan
 from sage_reconcile.core.lifecycle import StopCause
+from sage_reconcile.core.observed import GpuProcess
 from sage_reconcile.core.plan import Action, Plan
 from sage_reconcile.core.planner import make_plan
 from tests.plans.world import NOW, world
@@ -263,3 +265,21 @@ def test_what_has_never_been_ready_is_not_moved() -> None:
         seen = world({"gpus": ["H100 80GiB"] * 2, "launches": launches}, wanted, NOW)
         found = make_plan(wanted, seen, NOW, allow_moves=True)
         assert sum(bool(action.predecessor) for action in found.actions) == moves
+
+
+def test_a_start_comes_after_the_end_of_what_holds_its_memory_wherever_that_was_placed() -> None:
+    """A process of ours on a GPU that its launch was not given."""
+    ran = desired("version: 1\nengines:\n  old: {model: o, memory: 1GiB}\n")
+    found = world(
+        {"gpus": ["H100 80GiB", "L4 24GiB"], "launches": [{"run": "old/0", "gpu": 1, "port": 8000}]}, ran, NOW
+    )
+    stray = GpuProcess(77, 70 * 1024, launch=found.launches[0].id)
+    gpu = replace(found.gpus[0], processes=(stray,), memory_used_mib=70 * 1024)
+    machine = replace(found, gpus=(gpu, found.gpus[1]))
+    wanted = desired("version: 1\nengines:\n  new: {model: n, memory: 60GiB}\n")
+    plan = make_plan(wanted, machine, NOW)
+    assert check_plan(wanted, machine, plan) == []
+    assert [(action.kind, action.after) for action in plan.actions] == [
+        ("stop", ()),
+        ("spawn", (plan.actions[0].id,)),
+    ]
