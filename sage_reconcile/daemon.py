@@ -151,6 +151,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, passes)
         loop.add_signal_handler(signal.SIGHUP, self._ask, passes)
+        self.state.moves_allowed()  # meant for a daemon that is no more
         self.log.info("started", file=str(self.file), state=str(self.state.path), pid=os.getpid())
         try:
             while not self._over:

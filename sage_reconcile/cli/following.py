@@ -88,6 +88,7 @@ def follow_daemon(state: StateFolder, daemon: Holder, desired: Desired, *, allow
     if allow_moves:
         state.allow_moves(desired.digest)
     if not processes.send(processes.ProcessId(daemon.pid, daemon.start_ticks), signal.SIGHUP):
+        state.moves_allowed()  # nobody has heard it: no later daemon shall take it for leave
         raise SageReconcileError(f"the daemon (pid {daemon.pid}) has ended; try again")
     print(f"The daemon (pid {daemon.pid}) does it.")
     progress = rendering.Progress()
