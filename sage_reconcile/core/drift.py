@@ -24,6 +24,10 @@ class Change:
     old: str
     new: str
 
+    def text(self) -> str:
+        """``memory: 48GiB -> 60GiB``."""
+        return f"{self.field}: {self.old or '(not set)'} -> {self.new or '(not set)'}"
+
 
 def changes(desired: Desired, engine: Engine, launch: Launch, gpus: Sequence[Gpu], links: Links) -> tuple[Change, ...]:
     """The differences for which this replica must be replaced; none where it may run on."""

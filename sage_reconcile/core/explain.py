@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from sage_reconcile.core.lifecycle import StopCause, gpu_faults
-from sage_reconcile.core.memory import Occupancy
 from sage_reconcile.core.observed import Gpu, Link, Observed
 from sage_reconcile.core.placement import books, needs
 from sage_reconcile.core.plan import Action, Kept, Plan, Proposal, Unplaced
-from sage_reconcile.core.reasons import Book, bar, gib, pinned
+from sage_reconcile.core.reasons import Book, bar, gib, gpu_names, pinned
 from sage_reconcile.core.spec import Desired, Engine
 
 
@@ -66,7 +65,7 @@ def _explained(desired: Desired, observed: Observed, plan: Plan, engine: Engine,
     if spawn is not None:
         chosen = [gpu.uuid for gpu in spawn.gpus]
         verb = "would be on" if spawn.blocked else "moves to" if replica in plan.moved() else "starts on"
-        outcome = f"{verb} {_named(spawn.gpus) if spawn.gpus else 'the CPU'}"
+        outcome = f"{verb} {gpu_names(spawn.gpus) if spawn.gpus else 'the CPU'}"
         why = [*_cause(spawn, ends), *_when(spawn, plan)]
         why += _choice(engine, observed, pages, spawn.gpus, spawn.memory_mib)
     elif kept is not None:
@@ -86,11 +85,10 @@ def _cause(spawn: Action, ends: Action | None) -> list[str]:
     """Why it starts, and what of it ends for that."""
     if ends is None:
         return [spawn.cause]
-    changed = [f"{change.field}: {change.old or '(not set)'} -> {change.new or '(not set)'}" for change in ends.changes]
     if ends.stop_cause is StopCause.MOVED:
         first = "starts there first, and ends where it is when it is ready: no downtime"
         return [spawn.cause, first if spawn.predecessor else "stops where it is, then starts there: downtime"]
-    return [ends.cause, *changed]
+    return [ends.cause, *(change.text() for change in ends.changes)]
 
 
 def _stays(kept: Kept, ends: Action | None, unplaced: Unplaced | None, observed: Observed) -> list[str]:
@@ -109,7 +107,7 @@ def _on(kept: Kept) -> str:
     """Where it runs, with the GPUs that are not there any more."""
     seen = {gpu.uuid for gpu in kept.gpus}
     gone = [uuid for uuid in kept.launch.gpus if uuid not in seen]
-    places = [_named(kept.gpus)] if kept.gpus else []
+    places = [gpu_names(kept.gpus)] if kept.gpus else []
     places += [f"{', '.join(gone)} (not seen)"] if gone else []
     return " and ".join(places) or "the CPU"
 
@@ -125,9 +123,7 @@ def _without(desired: Desired, observed: Observed, plan: Plan, replica: str) -> 
     for action in plan.actions:
         for gpu in action.gpus if action.kind == "spawn" and action.replica != replica else ():
             page = by_uuid[gpu.uuid]
-            taken = page.taken
-            ours = (*taken.ours, (action.replica, action.memory_mib))
-            page.taken = Occupancy(taken.total_mib, taken.kept_back_mib, ours, taken.unmanaged_mib)
+            page.taken = page.taken.with_ours((action.replica, action.memory_mib))
             if action.replica.rpartition("/")[0] in alone:
                 page.alone = action.replica
     return sorted(pages, key=lambda page: page.gpu.index)
@@ -205,7 +201,3 @@ def _joined(gpus: Sequence[Gpu], links: Mapping[frozenset[str], Link]) -> str:
         return "links of which not all are known"
     worst = max(known, key=order.index)
     return worst.name if worst is order[0] else f"{worst.name} or better"
-
-
-def _named(gpus: Sequence[Gpu]) -> str:
-    return f"{'GPU' if len(gpus) == 1 else 'GPUs'} {','.join(str(gpu.index) for gpu in gpus)}"

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from sage_reconcile.core.memory import MEMORY_RETURN_S, Occupancy, launches_by_gpu, occupancy, unexplained_mib
+from sage_reconcile.core.memory import MEMORY_RETURN_S, launches_by_gpu, occupancy, unexplained_mib
 from sage_reconcile.core.observed import Life, Observed
 from sage_reconcile.core.plan import Action, GpuMap
 from sage_reconcile.core.reasons import IDLE_MIB, gib, problem
@@ -27,10 +27,8 @@ def gpu_maps(
     for gpu in sorted(observed.gpus, key=lambda item: item.index):
         before = occupancy(gpu, on[gpu.uuid], desired.host.headroom)
         after = occupancy(later[gpu.uuid], on[gpu.uuid], desired.host.headroom, leaving=leaving)
-        ours = (*after.ours, *added[gpu.uuid])
         stays = [launch for launch in on[gpu.uuid] if launch.id not in leaving]
-        whole = Occupancy(after.total_mib, after.kept_back_mib, ours, after.unmanaged_mib)
-        yield GpuMap(gpu, before, whole, problem(gpu, stays))
+        yield GpuMap(gpu, before, after.with_ours(*added[gpu.uuid]), problem(gpu, stays))
 
 
 def once_back(observed: Observed, standing: Standing) -> Observed:

@@ -25,11 +25,11 @@ class Lanes:
         self._ids: dict[object, list[str]] = defaultdict(list)
         self._texts: dict[object, list[str]] = defaultdict(list)
         self._last: dict[str, str] = {}
-        self._held: dict[str, list[str]] = defaultdict(list)
-        for gpu in standing.observed.gpus:
-            for process in gpu.processes:
-                if process.launch is not None:
-                    self._held[process.launch].append(gpu.uuid)
+        self._on = launches_by_gpu(standing.observed)
+        self._gpus_of: dict[str, list[str]] = defaultdict(list)
+        for uuid, launches in self._on.items():
+            for launch in launches:
+                self._gpus_of[launch.id].append(uuid)
         acted_on = {action.launch for action in standing.actions}
         for action in standing.actions:
             self.ends(action, standing.launches[action.launch])
@@ -46,20 +46,18 @@ class Lanes:
         self.late: set[str] = set()
         self._room = self._rooms(standing)
 
-    @staticmethod
-    def _rooms(standing: Standing) -> dict[str, int]:
+    def _rooms(self, standing: Standing) -> dict[str, int]:
         """MiB that can be started on GPUs whose memory is not all back yet."""
-        on = launches_by_gpu(standing.observed) if standing.lingering else {}
         headroom = standing.desired.host.headroom
         return {
-            gpu.uuid: occupancy(gpu, on[gpu.uuid], headroom, leaving=standing.leaving).free_mib
+            gpu.uuid: occupancy(gpu, self._on[gpu.uuid], headroom, leaving=standing.leaving).free_mib
             for gpu in standing.observed.gpus
             if gpu.uuid in standing.lingering
         }
 
     def _keys(self, launch: Launch) -> tuple[object, ...]:
         """What it has that a start may need: where it was placed, and where it holds memory all the same."""
-        return tuple(dict.fromkeys((launch.replica, *launch.ports, *launch.gpus, *self._held.get(launch.id, ()))))
+        return tuple(dict.fromkeys((launch.replica, *launch.ports, *launch.gpus, *self._gpus_of[launch.id])))
 
     def ends(self, action: Action, launch: Launch) -> None:
         """From now on, what shares the replica, a port or a GPU with this launch comes after the action."""

@@ -95,6 +95,12 @@ def failed(launch: Launch) -> bool:
     return launch.stop_cause in ("", StopCause.STARTUP_TIMEOUT)
 
 
+def how_it_failed(launch: Launch) -> str:
+    """In a few words why a failed launch ended, or is about to end."""
+    unasked = StopCause.STARTUP_TIMEOUT if launch.life is Life.ALIVE else StopCause.ENDED
+    return launch.stop_cause or (launch.exit.text() if launch.exit else unasked)
+
+
 def failures(launch: Launch) -> int:
     """Failed launches in a row, this one included where it failed."""
     if not failed(launch):

@@ -164,7 +164,7 @@ class MakingRoom:
         return in_order(told, self.desired)
 
     def _displacement(self, request: Request) -> Room | None:
-        """Who gives way to a higher priority: as few as possible, the lowest first, and those who came last."""
+        """Who gives way to a higher priority: nobody in vain, the lowest first, and of equals those further down."""
         spec = request.engine.spec
         if spec.preemption != "lower":
             return None
@@ -217,8 +217,7 @@ class _Box:
         here = [name for name, _ in book.taken.ours]
         spec = self.request.engine.spec
         if spec.exclusive:
-            nobody_else = book.taken.unmanaged_mib == 0 and all(p.launch is not None for p in book.gpu.processes)
-            return frozenset(here if nobody_else else ["others"])
+            return frozenset(["others"] if book.has_strangers else here)
         own = [name for name in here if name.rpartition("/")[0] == self.request.engine.name]
         return frozenset(([book.alone] if book.alone else []) + (own if spec.spread == "gpu" else []))
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sage_reconcile.core.observed import Gpu, Launch, Life, ModelFacts, Observed
 from sage_reconcile.core.spec import EngineSpec
 
 MEMORY_RETURN_S = 30.0
 """How long what a process held may take to come back after its end; the driver is done within a few seconds."""
-_OUTSIDE_ONE_RANK_MIB = 614
-_OUTSIDE_MANY_RANKS_MIB = 2060
+_OUTSIDE_MARGIN_MIB = 91
+"""For what the context takes more elsewhere than where it was measured."""
 
 
 def automatic_mib(spec: EngineSpec, gpu: Gpu, facts: ModelFacts | None) -> int | None:
@@ -47,14 +47,16 @@ def utilization(spec: EngineSpec, memory_mib: int, gpu: Gpu) -> float:
     """vLLM's ``--gpu-memory-utilization`` for a promise, so that all of the engine fits inside it.
 
     vLLM takes this share of the GPU for weights, activations and KV cache; the CUDA context and NCCL come
-    on top (measured on H100: 0.51 GiB with one rank, 1.55 GiB with several, 2.01 GiB with several of a model with
-    experts, which is taken for several since nothing here tells which it is), so they are taken off
-    first. Rounded down to six decimals. The simulator has no context.
+    on top, so what was measured of them (``sizing``) is taken off first; of several ranks what they take with
+    experts, since nothing here tells whether the model has any. Rounded down to six decimals. The simulator has no
+    context.
     """
     outside = 0
     if spec.runtime == "vllm":
+        from sage_reconcile.core.sizing import CONTEXT_EXPERTS_MIB, CONTEXT_ONE_RANK_MIB  # noqa: PLC0415 - as above
+
         ranks = spec.tensor_parallel_size * spec.pipeline_parallel_size
-        outside = _OUTSIDE_MANY_RANKS_MIB if ranks > 1 else _OUTSIDE_ONE_RANK_MIB
+        outside = (CONTEXT_EXPERTS_MIB if ranks > 1 else CONTEXT_ONE_RANK_MIB) + _OUTSIDE_MARGIN_MIB
     share = max(0, memory_mib - outside) / (gpu.cuda_total_mib or gpu.memory_total_mib)
     return math.floor(min(share, 1.0) * 1e6) / 1e6
 
@@ -77,6 +79,10 @@ class Occupancy:
     def free_mib(self) -> int:
         """What can still be promised; never below zero."""
         return max(0, self.total_mib - self.kept_back_mib - self.promised_mib - self.unmanaged_mib)
+
+    def with_ours(self, *more: tuple[str, int]) -> Occupancy:
+        """The same with these replicas of ours there too, each with its MiB."""
+        return replace(self, ours=(*self.ours, *more))
 
 
 def launches_by_gpu(observed: Observed) -> Mapping[str, list[Launch]]:

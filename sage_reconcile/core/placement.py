@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sage_reconcile.core.memory import Occupancy, launches_by_gpu, occupancy, promised_mib
+from sage_reconcile.core.memory import launches_by_gpu, occupancy, promised_mib
 from sage_reconcile.core.observed import ComputeMode, Gpu, Launch, Link, Observed, link_groups
 from sage_reconcile.core.packing import BUDGET, pack
 from sage_reconcile.core.reasons import WORST_LINK, Book, barred, blocked, impossible, no_room, pinned
@@ -210,9 +210,7 @@ class _Placing:
     def _enter(self, request: Request, slots: Sequence[int], need_mib: int) -> None:
         for slot in slots:
             book = self.books[slot]
-            taken = book.taken
-            ours = (*taken.ours, (request.replica, need_mib))
-            book.taken = Occupancy(taken.total_mib, taken.kept_back_mib, ours, taken.unmanaged_mib)
+            book.taken = book.taken.with_ours((request.replica, need_mib))
             book.started_mib += need_mib
             if request.engine.spec.exclusive:
                 book.alone = request.replica

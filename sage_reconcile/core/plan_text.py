@@ -8,7 +8,7 @@ from sage_reconcile.core.lifecycle import StopCause
 from sage_reconcile.core.memory import Occupancy
 from sage_reconcile.core.observed import Gpu
 from sage_reconcile.core.plan import Action, GpuMap, Move, Plan, Proposal
-from sage_reconcile.core.reasons import gib, stranger_names
+from sage_reconcile.core.reasons import gib, gpu_names, stranger_names
 
 _BAR = 20
 
@@ -80,7 +80,7 @@ def _engines(plan: Plan, now: float) -> Iterator[str]:
 def _details(spawn: Action, before: Action | None, now: float) -> list[str]:
     """Why it starts, given what ends before it, and when; or why it never does."""
     changed = before.changes if before else ()
-    told = [f"{change.field}: {change.old or '(not set)'} -> {change.new or '(not set)'}" for change in changed]
+    told = [change.text() for change in changed]
     told = told or [before.cause if before else spawn.cause]
     if spawn.predecessor:
         told.append("starts there first, and ends here when it is ready: no downtime")
@@ -97,11 +97,7 @@ def _place(gpus: tuple[Gpu, ...], memory_mib: int) -> str:
     if not gpus:
         return "CPU"
     each = " each" if len(gpus) > 1 else ""
-    return f"{_named(gpus)} ({gpus[0].name})  {gib(memory_mib)}{each}"
-
-
-def _named(gpus: tuple[Gpu, ...]) -> str:
-    return f"{'GPU' if len(gpus) == 1 else 'GPUs'} {','.join(str(gpu.index) for gpu in gpus)}"
+    return f"{gpu_names(gpus)} ({gpus[0].name})  {gib(memory_mib)}{each}"
 
 
 def _proposals(plan: Plan) -> Iterator[str]:
@@ -115,7 +111,7 @@ def proposal_lines(proposal: Proposal) -> Iterator[str]:
     count = len(proposal.moves)
     yield f"Proposal: {proposal.replica} gets in if {count} {'replica moves' if count == 1 else 'replicas move'}:"
     for move in proposal.moves:
-        yield f"  {move.launch.replica}  {_named(move.from_gpus)} -> {_named(move.to_gpus)}  {_cost(move)}"
+        yield f"  {move.launch.replica}  {gpu_names(move.from_gpus)} -> {gpu_names(move.to_gpus)}  {_cost(move)}"
     yield "  Not done by itself: `apply --allow-moves` does it, or `movable: true` in the entries that move."
 
 

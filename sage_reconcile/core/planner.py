@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from sage_reconcile.core.gpu_maps import gpu_maps, not_back, once_back
 from sage_reconcile.core.lanes import Lanes
-from sage_reconcile.core.lifecycle import StopCause, failed, failures, next_try
+from sage_reconcile.core.lifecycle import StopCause, failed, failures, how_it_failed, next_try
 from sage_reconcile.core.making_room import MakingRoom, Room, as_move, in_order
 from sage_reconcile.core.observed import Launch, Life, Observed
 from sage_reconcile.core.placement import Placement, Refusal, Request, launch_gpus, place
@@ -211,7 +211,7 @@ class _Planner:
             result = results[replica]
             placement = result[0] if isinstance(result, tuple) else result
             if isinstance(placement, Placement):
-                found.append(as_move(launch, placement, self.observed))
+                found.append(as_move(launch, placement, self.expected))
         return found
 
     def _actions(
@@ -293,9 +293,12 @@ class _Planner:
         if not failed(last):
             return cause, None, last.restarts, 0
         when = next_try(last, self.now) if self.tried is None else self.now
-        unasked = StopCause.STARTUP_TIMEOUT if last.life is Life.ALIVE else StopCause.ENDED
-        how = last.stop_cause or (last.exit.text() if last.exit else unasked)
-        return f"it failed ({how})", when if when > self.now else None, last.restarts + 1, failures(last)
+        return (
+            f"it failed ({how_it_failed(last)})",
+            when if when > self.now else None,
+            last.restarts + 1,
+            failures(last),
+        )
 
 
 def _refused(result: Placement | Refusal | tuple[Placement, Lease]) -> bool:

@@ -37,10 +37,14 @@ class Book:
     started_mib: int = 0
 
     @property
+    def has_strangers(self) -> bool:
+        """Whether others than ours are on it; what an idle driver shows as used is nobody's."""
+        return self.taken.unmanaged_mib > IDLE_MIB or any(x.launch is None for x in self.gpu.processes)
+
+    @property
     def clean(self) -> bool:
         """Whether nothing is on it, of ours or of others'."""
-        strangers = any(process.launch is None for process in self.gpu.processes)
-        return not (self.taken.ours or strangers or self.taken.unmanaged_mib > IDLE_MIB)
+        return not (self.taken.ours or self.has_strangers)
 
 
 def excluded(host: HostSpec, gpu: Gpu) -> bool:
@@ -70,6 +74,11 @@ def barred(host: HostSpec, gpu: Gpu, here: Sequence[Launch]) -> str:
 def gib(mib: int) -> str:
     """MiB as GiB for people: ``23.5GiB``."""
     return f"{mib / 1024:.1f}GiB"
+
+
+def gpu_names(gpus: Sequence[Gpu]) -> str:
+    """``GPU 3`` or ``GPUs 0,1``."""
+    return f"{'GPU' if len(gpus) == 1 else 'GPUs'} {','.join(str(gpu.index) for gpu in gpus)}"
 
 
 def pinned(engine: Engine, gpu: Gpu) -> bool:
@@ -226,7 +235,7 @@ def bar(engine: Engine, book: Book) -> str:
 
 def _holders(book: Book) -> list[str]:
     holders = [f"{replica} {gib(mib)}" for replica, mib in book.taken.ours]
-    if not book.clean and (book.taken.unmanaged_mib or not holders):
+    if book.has_strangers:
         holders.append(f"{strangers(book.gpu)} {gib(book.taken.unmanaged_mib)}")
     return holders
 

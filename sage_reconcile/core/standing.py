@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sage_reconcile.core.drift import Change, changes
-from sage_reconcile.core.lifecycle import StopCause, failed, fault_note, stop_deadline
+from sage_reconcile.core.lifecycle import StopCause, failed, fault_note, how_it_failed, stop_deadline
 from sage_reconcile.core.memory import lingering
 from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
 from sage_reconcile.core.plan import Action, Kind
+from sage_reconcile.core.reasons import gpu_names
 from sage_reconcile.core.spec import Desired, Engine
 
 
@@ -55,11 +56,9 @@ class Standing:
         for replica, launch in self.kept.items():
             last = self.history.get(replica)
             if last is not None and last.predecessor == launch.id and failed(last):
-                unasked = StopCause.STARTUP_TIMEOUT if last.life is Life.ALIVE else StopCause.ENDED
-                how = last.stop_cause or (last.exit.text() if last.exit else unasked)
                 yield (
-                    f"{replica}: its start elsewhere failed ({how}), so it stays; `logs` shows why, and the next "
-                    "`apply` may try it again"
+                    f"{replica}: its start elsewhere failed ({how_it_failed(last)}), so it stays; `logs` shows why, "
+                    "and the next `apply` may try it again"
                 )
 
     def changes(self, engine: Engine, launch: Launch) -> tuple[Change, ...]:
@@ -142,15 +141,12 @@ class Standing:
     def _sort_superseded(self, launch: Launch, successor: Launch) -> None:
         """It serves until its successor does, or as long as it can where that has hung since it was ready."""
         self.ending[launch.id] = launch
-        there = ", ".join(str(gpu.index) for gpu in self._on(successor)) or "its new place"
-        word = "GPU" if len(successor.gpus) == 1 else "GPUs"
+        seen = [self._gpus[uuid] for uuid in successor.gpus if uuid in self._gpus]
+        there = gpu_names(seen) if seen else "its new place"
         takes_over = successor.ready or (successor.ready_at is not None and not launch.ready)
-        waits_for = "" if takes_over else f"{launch.replica} to be ready on {word} {there}"
-        cause = f"moved to {word} {there}"
+        waits_for = "" if takes_over else f"{launch.replica} to be ready on {there}"
+        cause = f"moved to {there}"
         self.actions.append(end("stop", launch, cause, StopCause.MOVED, waits_for=waits_for))
-
-    def _on(self, launch: Launch) -> list[Gpu]:
-        return [self._gpus[uuid] for uuid in launch.gpus if uuid in self._gpus]
 
     def _sort_stopping(self, launch: Launch, engine: Engine | None) -> None:
         timeout = engine.spec.stop_timeout if engine else _recorded_seconds(launch, "stop_timeout", 30.0)

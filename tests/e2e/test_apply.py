@@ -287,3 +287,11 @@ def test_what_stands_in_place_of_the_state_folder_is_told(box: Box) -> None:
     (box.folder / "file").write_text("", encoding="utf-8")
     for command in (["diff"], ["status"], ["apply", "--yes"]):
         assert "is not a folder" in box.run(*command, "--state-dir", str(box.folder / "file"), expect=1)
+
+
+def test_status_says_that_nobody_does_what_is_left_to_do(box: Box) -> None:
+    told = "nobody reconciles now"
+    box.write(f"chat: {{{SIMULATED}}}")
+    assert told in box.run("status")
+    box.run("apply", "--yes")
+    assert told not in box.run("status")

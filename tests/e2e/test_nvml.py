@@ -146,7 +146,7 @@ def test_a_stranger_that_holds_memory_is_placed_around_and_named(box: Box, gpus:
 
 
 def test_vllm_is_started_as_planned(box: Box, gpus: Gpus) -> None:
-    """One rank leaves 614 MiB of its promise for the CUDA context, several 2,060 MiB."""
+    """One rank leaves 614 MiB of its promise for the CUDA context, several 2,150 MiB."""
     del gpus
     more = ", args: {max-model-len: 4096, enforce-eager: true}, env: {MINE: '1'}, served_model_name: [x, y]"
     box.environ |= {"VLLM_PORT": "1", "CUDA_VISIBLE_DEVICES": "7"}
@@ -162,7 +162,7 @@ def test_vllm_is_started_as_planned(box: Box, gpus: Gpus) -> None:
         *("--gpu-memory-utilization", f"{int(share * 1e6) / 1e6:.6f}", "--shutdown-timeout", "25"),
         *("--max-model-len", "4096", "--enforce-eager"),
     ]
-    share = (40 * 1024 - 2060) / 81920
+    share = (40 * 1024 - 2150) / 81920
     assert two["words"] == [
         *("-m", "vllm.entrypoints.openai.api_server", "--model", "a/b-7B", "--host", "127.0.0.1"),
         *("--port", ports["two/0"], "--served-model-name", "two", "--tensor-parallel-size", "2"),
