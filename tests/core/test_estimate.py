@@ -15,17 +15,11 @@ from sage_reconcile.core.model_config import read_model_config
 from sage_reconcile.core.observed import ModelFacts
 from sage_reconcile.core.weights import Parallel
 from sage_reconcile.core.workload import Workload
+from tests.models import LLAMA_8B as MODEL
+from tests.models import LONGEST
 from tests.test_examples import schema
 
-LLAMA_8B: dict[str, Any] = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "vocab_size": 128256,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-}
+LLAMA_8B = MODEL | LONGEST
 
 
 def facts(**fields: Any) -> ModelFacts:

@@ -18,6 +18,7 @@ from sage_reconcile.core.model_config import read_model_config
 from sage_reconcile.core.observed import Gpu, GpuProcess, Launch, Life, ModelFacts, Observed
 from sage_reconcile.core.spec import EngineSpec
 from sage_reconcile.core.weights import Checkpoint, Piece, Share
+from tests.models import LLAMA_8B as MODEL
 
 GIB = 1024
 CARD = Gpu("GPU-0", 0, "H100", "0000:00:00.0", 80 * GIB)
@@ -49,15 +50,7 @@ def card(*processes: GpuProcess, used: int | None = None, **fields: Any) -> Gpu:
     return replace(CARD, processes=processes, memory_used_mib=told if used is None else used, **fields)
 
 
-LLAMA_8B = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "vocab_size": 128256,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 8192,
-}
+LLAMA_8B = MODEL | {"max_position_embeddings": 8192}
 FACTS = ModelFacts("folder", read_model_config(LLAMA_8B))
 
 

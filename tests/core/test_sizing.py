@@ -23,19 +23,10 @@ from sage_reconcile.core.spec import EngineSpec
 from sage_reconcile.core.weights import Checkpoint, Parallel, Piece, Share
 from sage_reconcile.core.workload import Speculation, Workload, speculation, workload
 from tests.benchmarks.sizing import Row, rows
+from tests.models import LLAMA_8B
 
 MEASURED = list(rows(Path(__file__).parent / "measured"))
 GIB = 1 << 30
-
-LLAMA_8B: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "vocab_size": 128256,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-}
 
 
 def model(**fields: Any) -> ModelConfig:

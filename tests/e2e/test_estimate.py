@@ -9,18 +9,11 @@ import jsonschema
 import pytest
 
 from tests.e2e.box import Box
+from tests.models import LLAMA_8B as MODEL
+from tests.models import LONGEST
 from tests.test_examples import schema
 
-LLAMA_8B: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "vocab_size": 128256,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-}
+LLAMA_8B = MODEL | LONGEST
 
 
 @pytest.fixture
