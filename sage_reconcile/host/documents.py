@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from sage_reconcile.errors import Fault, FileFaults
-from sage_reconcile.host.yaml_nodes import Composer, Expansion, Path_, Place, place_of, shown
+from sage_reconcile.host.yaml_nodes import MAX_DEPTH, Composer, Expansion, Path_, Place, place_of, shown
 
 MAX_BYTES = 1 << 20
 MAX_DIRECTIVES = 20
@@ -52,6 +52,7 @@ _CAUSES: tuple[tuple[str, bool, str, str], ...] = (
     ("document start", False, "this stands beside the top-level keys", "write `key: value` lines only"),
     ("'-' indicator", False, "this is in a list, and is not an item", "correct its indentation"),
     ("expected key|block end", False, "this line fits no line above it", "correct its indentation"),
+    ("nesting depth", False, f"more than {MAX_DEPTH} levels deep", "make it flatter"),  # libyaml's own limit, 1000
     ("", False, "YAML cannot read this", "correct this line"),
 )
 
