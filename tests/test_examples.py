@@ -14,13 +14,14 @@ import yaml
 from sage_reconcile.core.check import check_plan
 from sage_reconcile.core.declared import declared_gpus, declared_links
 from sage_reconcile.core.gpu_report import gpu_document
+from sage_reconcile.core.host_spec import HostSpec
 from sage_reconcile.core.observed import Gpu, Observed
 from sage_reconcile.core.planner import make_plan
 from sage_reconcile.core.report import plan_document, status_document
 from sage_reconcile.core.resolve import resolve
 from sage_reconcile.core.schema import file_schema
 from sage_reconcile.core.source import Source
-from sage_reconcile.core.spec import EngineSpec, HostSpec
+from sage_reconcile.core.spec import EngineSpec
 from sage_reconcile.core.starter import starter
 from sage_reconcile.host import files
 

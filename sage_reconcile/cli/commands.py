@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sage_reconcile.cli import rendering
+from sage_reconcile.core.host_spec import HostSpec
 from sage_reconcile.core.plan_text import plan_text
 from sage_reconcile.core.report import plan_document, status_document
-from sage_reconcile.core.spec import Desired, HostSpec
+from sage_reconcile.core.spec import Desired
 from sage_reconcile.errors import FileFaults, LockHeld, NotFound, SageReconcileError, StateError
 from sage_reconcile.host import files
 from sage_reconcile.host import logs as log_files

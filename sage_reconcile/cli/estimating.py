@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +15,30 @@ from pydantic_core import PydanticCustomError
 from sage_reconcile.cli import rendering
 from sage_reconcile.core.estimate import Question, estimate
 from sage_reconcile.core.gpu_models import Declared
-from sage_reconcile.core.units import printable, size_mib
+from sage_reconcile.core.plan_text import PART_NAMES
+from sage_reconcile.core.units import printable, read_tokens, size_mib
+from sage_reconcile.core.ways import Way
 from sage_reconcile.core.workload import Workload
 from sage_reconcile.errors import UnknownModel
 from sage_reconcile.host.models import ModelReader
 
 DOES_NOT_FIT = 3
-_TOKENS = re.compile(r"(\d{1,12})([kKmM]?)")
 _DTYPES = ("auto", "bfloat16", "float16", "half", "float", "float32")
 _WIDTH = 40
-_NAMES = {
-    "weights": "weights",
-    "kv_cache": "KV cache",
-    "activation": "activation",
-    "cuda_graphs": "CUDA graphs",
-    "context": "CUDA context",
-    "nccl": "NCCL",
-    "lora": "LoRA adapters",
-    "draft": "draft model",
-    "margin": "margin",
-}
 _MARKS = {"weights": "#", "kv_cache": "=", "margin": "-"}
 
 
 def tokens(text: str) -> int:
     """``8192``, or ``32k`` (32 × 1024) tokens."""
-    match = _TOKENS.fullmatch(text.strip())
-    count = int(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2].lower()] if match else 0
-    if not 0 < count < 1 << 40:
-        raise typer.BadParameter(f"{text[:60]!r} is no number of tokens; write 8192 or 32k", param_hint="--context")
-    return count
+    try:
+        return read_tokens(text)
+    except PydanticCustomError as error:
+        raise _bad(error, "--context") from None
+
+
+def _bad(error: PydanticCustomError, option: str) -> typer.BadParameter:
+    told = error.context or {}
+    return typer.BadParameter(f"{told['what']}; {told['fix']}", param_hint=option)
 
 
 def known_dtype(dtype: str) -> str:
@@ -71,9 +65,8 @@ def question(
         try:
             kv_mib = size_mib(kv_cache)
         except PydanticCustomError as error:
-            told = error.context or {}
-            raise typer.BadParameter(f"{told['what']}; {told['fix']}", param_hint="--kv-cache") from None
-    return Question(model, work, kinds[0] if kinds else None, tensor_told, longest, kv_mib)
+            raise _bad(error, "--kv-cache") from None
+    return Question(model, replace(work, kv_mib=kv_mib), kinds[0] if kinds else None, tensor_told, longest)
 
 
 def estimate_model(asked: Question, *, as_json: bool) -> int:
@@ -104,11 +97,11 @@ def _show(document: Mapping[str, Any]) -> None:
     asked = "" if document["context"] is None else f", {document['concurrency']} x {document['context']:,} tokens"
     named = printable(document["model"])
     print(f"{', '.join([named + asked, *used])}: MiB of each GPU\n")
-    parts = {name: document["parts"][f"{name}_mib"] for name in _NAMES}
+    parts = {name: document["parts"][f"{name}_mib"] for name in PART_NAMES}
     shown = {name: mib for name, mib in parts.items() if mib}
     total = document["total_mib"]
     rows = [
-        (_NAMES[name], f"{mib:>8}", rendering.gib(mib), document["part_confidence"][name], _bar(mib, total, name))
+        (PART_NAMES[name], f"{mib:>8}", rendering.gib(mib), document["part_confidence"][name], _bar(mib, total, name))
         for name, mib in shown.items()
     ]
     rendering.table(
@@ -143,9 +136,18 @@ def _show_gpu(document: Mapping[str, Any], gpu: Mapping[str, Any]) -> None:
         many = f"{gpu['concurrency']:.1f} requests of {document['context']:,}"
         print(f"With a whole GPU for itself its KV cache holds {gpu['kv_tokens']:,} tokens: {many}.")
     smallest = gpu["smallest_tensor_parallel_size"]
-    if smallest is None:
-        print(
-            "No tensor parallel size of 1, 2, 4 or 8 holds it there: shorten --context, or take --kv-cache-dtype fp8."
-        )
-    elif smallest != document["tensor_parallel_size"]:
+    if gpu["fits"] and smallest not in (None, document["tensor_parallel_size"]):
         print(f"The smallest tensor parallel size that holds it there: {smallest}.")
+    if not gpu["fits"]:
+        ways = [Way(**way) for way in gpu["ways"]]
+        for way in ways:
+            print(f"  With {_option(way)}: {rendering.gib(way.total_mib)}.")
+        if not ways:
+            print("No shorter context, smaller cache, tensor parallel size or quantisation alone makes it fit there.")
+
+
+def _option(way: Way) -> str:
+    """The change in the words of this command."""
+    if way.field == "weights":
+        return f"a checkpoint quantised to {way.value}"
+    return f"--{way.field.replace('_', '-')} {way.value}"

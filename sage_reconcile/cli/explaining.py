@@ -9,8 +9,8 @@ from typing import Any
 
 from sage_reconcile.cli import commands, rendering
 from sage_reconcile.core.explain import Explanation, Verdict, explain
-from sage_reconcile.core.plan_text import proposal_lines
-from sage_reconcile.core.report import proposal_document
+from sage_reconcile.core.plan_text import breakdown_lines, proposal_lines
+from sage_reconcile.core.report import breakdown_document, proposal_document
 from sage_reconcile.core.units import printable
 from sage_reconcile.errors import NotFound
 from sage_reconcile.host import files
@@ -49,6 +49,8 @@ def explain_name(given: Path | None, state_dir: Path | None, name: str, *, as_js
 def _show(item: Explanation) -> None:
     for line in (f"{item.replica} {item.outcome}", *(f"  {reason}" for reason in item.why)):
         print(printable(line))
+    for line in breakdown_lines(item.made_of) if item.made_of else ():
+        print(f"  {line}")
     if item.verdicts:
         print()
         heads = ("GPU", "FREE", "NEEDS", "", "VERDICT")
@@ -86,5 +88,6 @@ def _document(item: Explanation) -> dict[str, Any]:
             }
             for verdict in item.verdicts
         ],
+        "made_of": None if item.made_of is None else breakdown_document(item.made_of),
         "proposal": None if item.proposal is None else proposal_document(item.proposal),
     }

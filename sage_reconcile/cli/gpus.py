@@ -10,9 +10,10 @@ from typing import Any
 
 from sage_reconcile.cli import commands, rendering
 from sage_reconcile.core.gpu_report import gpu_document
+from sage_reconcile.core.host_spec import HostSpec
 from sage_reconcile.core.memory import Occupancy
 from sage_reconcile.core.plan_text import bar
-from sage_reconcile.core.spec import Desired, HostSpec
+from sage_reconcile.core.spec import Desired
 from sage_reconcile.core.units import printable
 from sage_reconcile.errors import FileFaults
 from sage_reconcile.host import files

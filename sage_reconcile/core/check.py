@@ -127,14 +127,13 @@ def _not_back(gpu: Gpu, launches: tuple[Launch, ...]) -> int:
 def _taken(gpu: Gpu, launches: tuple[Launch, ...], gone: set[str]) -> int:
     """MiB on a GPU that the plan does not end: our promises or holdings, whichever is larger, and strangers'."""
     ours = seen = 0
-    for launch in launches:
-        if launch.life is Life.EXITED:
-            continue
+    for launch in (one for one in launches if one.life is not Life.EXITED):
         told = [process.memory_mib for process in gpu.processes if process.launch == launch.id]
         promise = launch.memory_mib if gpu.uuid in launch.gpus else 0
-        held = sum(mib for mib in told if mib is not None)
+        held = sum(mib or 0 for mib in told)
         seen += max(held, promise) if None in told else held
-        ours += 0 if launch.id in gone else max(held, promise)
+        settled = launch.spec.get("memory") == "manual" and launch.ready_at and held and None not in told
+        ours += 0 if launch.id in gone else max(held, 0 if settled else promise)
     return ours + max(0, gpu.memory_used_mib - seen)
 
 

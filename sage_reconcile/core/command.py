@@ -6,8 +6,8 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from sage_reconcile.core.memory import utilization
 from sage_reconcile.core.observed import Gpu
+from sage_reconcile.core.promise import utilization
 from sage_reconcile.core.spec import EngineSpec
 
 DRAIN_MARGIN_S = 5
@@ -36,11 +36,13 @@ def command_line(
     port: int,
     gpus: Sequence[Gpu],
     memory_mib: int,
+    kv_bytes: int = 0,
     inner_ports: Sequence[int] = (),
 ) -> tuple[str, ...]:
     """The exact words with which a replica is started.
 
-    ``python`` is used where the entry names none. Of several GPUs the smallest decides the utilisation.
+    ``python`` is used where the entry names none. Of several GPUs the smallest decides the utilisation. ``kv_bytes``
+    fix the size of the KV cache; 0 leaves it to vLLM, which takes what is left.
     """
     if spec.runtime == "command":
         fields = {"model": spec.model or "", "host": bind, "port": str(port), "name": engine_name}
@@ -51,9 +53,13 @@ def command_line(
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if getattr(spec, name) > 1:
             words += [f"--{name.replace('_', '-')}", str(getattr(spec, name))]
-    if gpus:
+    if gpus and spec.memory.kind != "manual":
         share = min(utilization(spec, memory_mib, gpu) for gpu in gpus)
         words += ["--gpu-memory-utilization", f"{share:.6f}".rstrip("0").rstrip(".")]
+    if kv_bytes:
+        words += ["--kv-cache-memory-bytes", str(kv_bytes)]
+    if spec.context is not None:
+        words += ["--max-model-len", str(spec.context)]
     words += ["--shutdown-timeout", str(max(0, math.floor(spec.stop_timeout) - DRAIN_MARGIN_S))]
     if inner_ports and spec.data_parallel_size > 1 and not _FAR_RANKS & spec.args.keys():
         for flag, inner in zip(_GROUP_PORTS, inner_ports, strict=True):

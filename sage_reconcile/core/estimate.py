@@ -8,15 +8,23 @@ from typing import Any
 
 from sage_reconcile.core.gpu_models import Declared
 from sage_reconcile.core.observed import ModelFacts
-from sage_reconcile.core.sizing import MIB, Card, Confidence, Part, Sizing, guess, size
+from sage_reconcile.core.sizing import Card, Part, Sizing
+from sage_reconcile.core.units import MIB
+from sage_reconcile.core.ways import (
+    LONGEST,
+    TENSOR_SIZES,
+    Way,
+    divisible,
+    parts_of,
+    sizing_of,
+    ways_to_fit,
+    with_tensor,
+)
 from sage_reconcile.core.workload import Workload
 
 VERSION = 1
 DRIVER_MIB = 512
 """What the driver keeps of a GPU for itself, about: CUDA's total is 0.46 GiB below NVML's on an H100."""
-SIZES = (1, 2, 4, 8)
-"""The tensor parallel sizes that are tried."""
-_LONGEST = 1 << 27
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +32,7 @@ class Question:
     """What is asked.
 
     ``gpu`` of a count above one stands for so many GPUs; ``tensor_told`` is False where the tensor parallel size is
-    to be found; ``kv_mib`` asks for a KV cache of that size, whatever the context needs.
+    to be found.
     """
 
     model: str
@@ -32,14 +40,13 @@ class Question:
     gpu: Declared | None = None
     tensor_told: bool = True
     longest: bool = False
-    kv_mib: int = 0
 
 
 def estimate(question: Question, facts: ModelFacts | None) -> Mapping[str, Any] | None:
     """The document; None where neither what was read of the model nor its name tells anything."""
     question = _with_tensor(question, facts)
-    sized = _sized(question, facts, question.work)
-    parts = _parts(question, facts, question.work)
+    sized = sizing_of(question.work, facts, _card(question))
+    parts = parts_of(question.model, question.work, facts, _card(question))
     if parts is None:
         return None
     problem = facts.problem if facts else ""
@@ -60,7 +67,7 @@ def estimate(question: Question, facts: ModelFacts | None) -> Mapping[str, Any] 
         "parts": {f"{part.name}_mib": part.mib for part in parts},
         "part_confidence": {part.name: str(part.confidence) for part in parts},
         "total_mib": _total(parts),
-        "kv_tokens": sized.layout.tokens_in(question.kv_mib * MIB or sized.kv_bytes) if sized else None,
+        "kv_tokens": sized.kv_tokens if sized else None,
         "gpu": _on_gpu(question, facts, sized, parts),
     }
 
@@ -69,22 +76,8 @@ def _total(parts: tuple[Part, ...]) -> int:
     return sum(part.mib for part in parts)
 
 
-def _sized(question: Question, facts: ModelFacts | None, work: Workload) -> Sizing | None:
-    if not (facts and facts.config):
-        return None
-    gpu = question.gpu
-    card = Card(gpu.name, gpu.memory_mib) if gpu else Card()
-    return size(facts.config, work, card, facts.checkpoint)
-
-
-def _parts(question: Question, facts: ModelFacts | None, work: Workload) -> tuple[Part, ...] | None:
-    sized = _sized(question, facts, work)
-    if sized is None:
-        return guess(question.model, work.parallel)
-    if not question.kv_mib:
-        return sized.parts
-    cache = Part("kv_cache", question.kv_mib, Confidence.EXACT)
-    return tuple(cache if part.name == "kv_cache" else part for part in sized.parts)
+def _card(question: Question) -> Card:
+    return Card(question.gpu.name, question.gpu.memory_mib) if question.gpu else Card()
 
 
 def usable_mib(gpu: Declared) -> int:
@@ -92,31 +85,20 @@ def usable_mib(gpu: Declared) -> int:
     return max(0, gpu.memory_mib - DRIVER_MIB)
 
 
-def _divisible(facts: ModelFacts | None, tensor: int) -> bool:
-    """vLLM divides the heads of attention evenly, or refuses."""
-    layers = facts.config.layers if facts and facts.config else ()
-    heads = next((layer.attention.heads for layer in layers if layer.attention), 0)
-    return heads % tensor == 0
-
-
-def _at(work: Workload, tensor: int) -> Workload:
-    return replace(work, parallel=work.parallel._replace(tensor=tensor))
-
-
 def _ranks(work: Workload) -> int:
     return work.parallel.tensor * work.parallel.pipeline * work.parallel.data
 
 
 def smallest_tensor(question: Question, facts: ModelFacts | None) -> int | None:
-    """The smallest tensor parallel size of ``SIZES`` with which it fits on such GPUs; None where none does."""
+    """The smallest tensor parallel size of ``TENSOR_SIZES`` with which it fits on such GPUs; None where none does."""
     gpu = question.gpu
     if gpu is None:
         return None
-    for tensor in SIZES:
-        work = _at(question.work, tensor)
-        parts = _parts(question, facts, work)
+    for tensor in TENSOR_SIZES:
+        work = with_tensor(question.work, tensor)
+        parts = parts_of(question.model, work, facts, _card(question))
         enough = gpu.count == 1 or _ranks(work) <= gpu.count
-        if parts and enough and _divisible(facts, tensor) and _total(parts) <= usable_mib(gpu):
+        if parts and enough and divisible(facts, tensor) and _total(parts) <= usable_mib(gpu):
             return tensor
     return None
 
@@ -126,9 +108,9 @@ def _with_tensor(question: Question, facts: ModelFacts | None) -> Question:
     if question.tensor_told or question.gpu is None or question.gpu.count == 1:
         return question
     each = question.work.parallel.pipeline * question.work.parallel.data
-    possible = [tensor for tensor in SIZES if tensor * each <= question.gpu.count and _divisible(facts, tensor)]
+    possible = [tensor for tensor in TENSOR_SIZES if tensor * each <= question.gpu.count and divisible(facts, tensor)]
     found = None if question.longest else smallest_tensor(question, facts)
-    return replace(question, work=_at(question.work, found or max(possible, default=1)))
+    return replace(question, work=with_tensor(question.work, found or max(possible, default=1)))
 
 
 def _on_gpu(
@@ -142,7 +124,7 @@ def _on_gpu(
     pool = max(0, usable - sum(part.mib for part in parts if part.name != "kv_cache")) if sized else None
     longest = None
     if question.longest and sized and pool is not None and facts and facts.config:
-        most = facts.config.context if facts.config.context_told else _LONGEST
+        most = facts.config.context if facts.config.context_told else LONGEST
         longest = sized.layout.longest_in(pool * MIB, question.work.concurrency, sized.in_flight, most)
     held = pool * MIB if pool is not None else 0
     return {
@@ -150,13 +132,22 @@ def _on_gpu(
         "count": max(gpu.count, _ranks(question.work)),
         "memory_mib": gpu.memory_mib,
         "usable_mib": usable,
-        "fits": enough and _divisible(facts, question.work.parallel.tensor) and _fits(question, parts, usable, longest),
+        "fits": enough and divisible(facts, question.work.parallel.tensor) and _fits(question, parts, usable, longest),
         "kv_pool_mib": pool,
         "kv_tokens": sized.layout.tokens_in(held) if sized else None,
         "concurrency": round(sized.layout.requests_in(held, sized.context, sized.in_flight), 2) if sized else None,
         "longest_context": longest,
         "smallest_tensor_parallel_size": smallest_tensor(question, facts),
+        "ways": [way._asdict() for way in _ways(question, facts, usable)],
     }
+
+
+def _ways(question: Question, facts: ModelFacts | None, usable_mib: int) -> tuple[Way, ...]:
+    """What would make it fit; on one GPU that was given, also more of its kind."""
+    gpu = question.gpu
+    assert gpu is not None
+    count = gpu.count if gpu.count > 1 else max(TENSOR_SIZES)
+    return ways_to_fit(question.model, question.work, facts, _card(question), usable_mib=usable_mib, count=count)
 
 
 def _fits(question: Question, parts: tuple[Part, ...], usable: int, longest: int | None) -> bool:

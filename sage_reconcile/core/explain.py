@@ -10,6 +10,8 @@ from sage_reconcile.core.lifecycle import StopCause, gpu_faults
 from sage_reconcile.core.observed import Gpu, Link, Observed
 from sage_reconcile.core.placement import books, needs
 from sage_reconcile.core.plan import Action, Kept, Plan, Proposal, Unplaced
+from sage_reconcile.core.plan_text import way_lines
+from sage_reconcile.core.promise import Breakdown, made_of
 from sage_reconcile.core.reasons import Book, bar, gib, gpu_names, pinned
 from sage_reconcile.core.spec import Desired, Engine
 
@@ -33,7 +35,7 @@ class Verdict:
 class Explanation:
     """One replica: what becomes of it, why, and what was there to choose from.
 
-    ``placed`` is False where it has no place.
+    ``placed`` is False where it has no place. ``made_of`` is what it is promised, or would need, of each GPU.
     """
 
     replica: str
@@ -42,6 +44,7 @@ class Explanation:
     why: tuple[str, ...]
     verdicts: tuple[Verdict, ...]
     proposal: Proposal | None = None
+    made_of: Breakdown | None = None
 
 
 def explain(desired: Desired, observed: Observed, plan: Plan, name: str) -> list[Explanation]:
@@ -75,10 +78,23 @@ def _explained(desired: Desired, observed: Observed, plan: Plan, engine: Engine,
     else:
         chosen, outcome = [], "has no place"
         why = [f"what runs of it stops: {ends.cause}"] if ends else []
-        why += [unplaced.reason] if unplaced else []
+        why += [unplaced.reason, *way_lines(unplaced)] if unplaced else []
     verdicts = tuple(_verdicts(engine, observed, pages, chosen)) if engine.spec.gpu_count else ()
     placed = spawn is not None or kept is not None
-    return Explanation(replica, outcome, placed, tuple(why), verdicts, proposal)
+    made = spawn.made_of if spawn else _made_of(engine, observed, kept, pages)
+    return Explanation(replica, outcome, placed, tuple(why), verdicts, proposal, made)
+
+
+def _made_of(engine: Engine, observed: Observed, kept: Kept | None, pages: Sequence[Book]) -> Breakdown | None:
+    """What its promise is made of where it runs; else what it would need of the GPU with most room."""
+    if not engine.spec.gpu_count or not pages:
+        return None
+    facts = observed.models.get(engine.spec.model or "")
+    if kept is not None:
+        return made_of(engine.spec, kept.launch.memory_mib, kept.gpus[0], facts) if kept.gpus else None
+    best = max(pages, key=lambda page: page.taken.free_mib)
+    need = needs(engine, best, observed)
+    return made_of(engine.spec, need, best.gpu, facts) if need else None
 
 
 def _cause(spawn: Action, ends: Action | None) -> list[str]:
@@ -131,7 +147,7 @@ def _without(desired: Desired, observed: Observed, plan: Plan, replica: str) -> 
 
 def _verdicts(engine: Engine, observed: Observed, pages: Sequence[Book], chosen: Sequence[str]) -> Iterator[Verdict]:
     for page in pages:
-        need = needs(engine, page.gpu, observed)
+        need = needs(engine, page, observed)
         here = page.gpu.uuid in chosen
         yield Verdict(page.gpu, page.taken.free_mib, need, here, _meaning(engine, page, need, here=here))
 
@@ -173,7 +189,7 @@ def _choice(
         if page.gpu.uuid not in own
         and pinned(engine, page.gpu)
         and not bar(engine, page)
-        and page.taken.free_mib >= (needs(engine, page.gpu, observed) or memory_mib)
+        and page.taken.free_mib >= (needs(engine, page, observed) or memory_mib)
     ]
     if len(gpus) > 1:
         yield f"its ranks are joined by {_joined(gpus, observed.links)}"

@@ -28,13 +28,14 @@ OWN_FLAGS: Mapping[str, str] = {
     "tensor-parallel-size": "the field `tensor_parallel_size`",
     "pipeline-parallel-size": "the field `pipeline_parallel_size`",
     "data-parallel-size": "the field `data_parallel_size`",
-    "gpu-memory-utilization": "the field `memory`",
     "shutdown-timeout": "the field `stop_timeout`",
     "api-key": "`env:` with VLLM_API_KEY, since everyone on the machine can read a command line",
     "hf-token": "`env:` with HF_TOKEN, since everyone on the machine can read a command line",
 }
 """vLLM flags that we set, or that must not be on a command line, and what to use in their place."""
 
+MANUAL_FLAGS = ("gpu-memory-utilization", "kv-cache-memory-bytes")
+"""vLLM flags that we set too, unless the entry says ``memory: manual``."""
 _FLAG_ALIASES = {"tp": "tensor-parallel-size", "pp": "pipeline-parallel-size", "dp": "data-parallel-size"}
 _FLAG = re.compile(r"[A-Za-z][A-Za-z0-9.-]*")
 _SECRET_FLAG = re.compile(r"(^|-)(api-key|password|secret|(hf|auth|access)-token)(-|$)")
@@ -77,6 +78,11 @@ def _flag_fault(key: str, flag: str) -> PydanticCustomError | None:
         what = f"`{key}` would put a secret on the command line, where everyone on the machine can read it"
         return fault(what, "pass it through `env:`", key=key)
     return None
+
+
+def sizes_memory(flag: str) -> bool:
+    """Whether a flag tells vLLM how much memory to take, which is ours to say but with ``memory: manual``."""
+    return any(_means(flag, own) for own in MANUAL_FLAGS)
 
 
 def _means(flag: str, owned: str) -> bool:

@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from sage_reconcile.core.memory import MEMORY_RETURN_S, launches_by_gpu, occupancy, unexplained_mib
+from sage_reconcile.core.memory import IDLE_MIB, MEMORY_RETURN_S, launches_by_gpu, occupancy, unexplained_mib
 from sage_reconcile.core.observed import Life, Observed
 from sage_reconcile.core.plan import Action, GpuMap
-from sage_reconcile.core.reasons import IDLE_MIB, gib, problem
+from sage_reconcile.core.reasons import gib, problem
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.core.standing import Standing
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from sage_reconcile.core.host_spec import HostSpec
 from sage_reconcile.core.memory import launches_by_gpu, occupancy
 from sage_reconcile.core.observed import Gpu, Launch, Observed
 from sage_reconcile.core.reasons import barred, excluded, problem
-from sage_reconcile.core.spec import HostSpec
 
 VERSION = 1
 _VOLATILE = ("utilization_percent", "temperature_c", "power_w")

@@ -202,7 +202,7 @@ class _Box:
         self._gpus: list[tuple[int, frozenset[str], dict[str, int]]] = []
         there = self.candidates
         for book in pages:
-            need = needs(request.engine, book.gpu, observed)
+            need = needs(request.engine, book, observed)
             if need is None or book.barred or not pinned(request.engine, book.gpu):
                 continue
             must = self._must_leave(book)

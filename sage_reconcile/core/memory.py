@@ -1,64 +1,16 @@
-"""How much GPU memory an engine takes, and how much a GPU has left."""
+"""How much memory a GPU has left, and who has the rest."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from sage_reconcile.core.observed import Gpu, Launch, Life, ModelFacts, Observed
-from sage_reconcile.core.spec import EngineSpec
+from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
 
 MEMORY_RETURN_S = 30.0
 """How long what a process held may take to come back after its end; the driver is done within a few seconds."""
-_OUTSIDE_MARGIN_MIB = 91
-"""For what the context takes more elsewhere than where it was measured."""
-
-
-def automatic_mib(spec: EngineSpec, gpu: Gpu, facts: ModelFacts | None) -> int | None:
-    """MiB per GPU for ``memory: auto``; None where nothing tells the model's size.
-
-    Room for one request of the longest context: of ``max-model-len`` in ``args``, else of what the model is made for,
-    which is what vLLM asks of its KV cache before it starts. Where the model was not read, what its name tells.
-    """
-    # 15 ms of every start, and wanted only where a size has to be worked out
-    from sage_reconcile.core.sizing import Card, guess, size  # noqa: PLC0415
-    from sage_reconcile.core.workload import workload  # noqa: PLC0415
-
-    work = workload(spec)
-    if facts and facts.config:
-        return size(facts.config, work, Card(gpu.name, gpu.memory_total_mib), facts.checkpoint).total_mib
-    parts = guess(spec.model or "", work.parallel)
-    return sum(part.mib for part in parts) if parts else None
-
-
-def promised_mib(spec: EngineSpec, gpu: Gpu, facts: ModelFacts | None) -> int | None:
-    """MiB that a replica of this engine is promised on this GPU; None where ``auto`` cannot be worked out."""
-    match spec.memory.kind:
-        case "mib":
-            return int(spec.memory.amount)
-        case "percent":
-            return int(gpu.memory_total_mib * spec.memory.amount / 100)
-        case "auto":
-            return automatic_mib(spec, gpu, facts)
-
-
-def utilization(spec: EngineSpec, memory_mib: int, gpu: Gpu) -> float:
-    """vLLM's ``--gpu-memory-utilization`` for a promise, so that all of the engine fits inside it.
-
-    vLLM takes this share of the GPU for weights, activations and KV cache; the CUDA context and NCCL come
-    on top, so what was measured of them (``sizing``) is taken off first; of several ranks what they take with
-    experts, since nothing here tells whether the model has any. Rounded down to six decimals. The simulator has no
-    context.
-    """
-    outside = 0
-    if spec.runtime == "vllm":
-        from sage_reconcile.core.sizing import CONTEXT_EXPERTS_MIB, CONTEXT_ONE_RANK_MIB  # noqa: PLC0415 - as above
-
-        ranks = spec.tensor_parallel_size * spec.pipeline_parallel_size
-        outside = (CONTEXT_EXPERTS_MIB if ranks > 1 else CONTEXT_ONE_RANK_MIB) + _OUTSIDE_MARGIN_MIB
-    share = max(0, memory_mib - outside) / (gpu.cuda_total_mib or gpu.memory_total_mib)
-    return math.floor(min(share, 1.0) * 1e6) / 1e6
+IDLE_MIB = 64
+"""What may show as used on a GPU that nobody uses; the smallest CUDA context takes more than twice as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +60,8 @@ def occupancy(
 ) -> Occupancy:
     """Who has what of a GPU, given the launches on it, as if those in ``leaving`` (ids) had gone already.
 
-    A launch counts with max(promised, held). What NVML shows as used and does not name as held by one of
+    A launch counts with max(promised, held); one that sizes itself (``memory: manual``), once it is ready, with what it
+    holds. What NVML shows as used and does not name as held by one of
     ours is unmanaged; for a process of ours whose memory NVML does not tell, its promise is assumed.
     """
     held: dict[str, int] = {}
@@ -126,7 +79,8 @@ def occupancy(
         mine = held.get(launch.id, 0)
         known += max(mine, promised) if launch.id in untold else mine
         if launch.id not in leaving:
-            ours.append((launch.replica, max(promised, mine)))
+            seen = launch.sizes_itself and mine > 0 and launch.id not in untold
+            ours.append((launch.replica, mine if seen else max(promised, mine)))
     unmanaged = max(0, gpu.memory_used_mib - known)
     return Occupancy(gpu.memory_total_mib, gpu.memory_reserved_mib + headroom_mib, tuple(ours), unmanaged)
 

@@ -196,6 +196,11 @@ class Launch:
         return (self.port, *self.inner_ports)
 
     @property
+    def sizes_itself(self) -> bool:
+        """Whether it has been ready, and what it takes was left to it: then what it holds is all that it takes."""
+        return self.spec.get("memory") == "manual" and self.ready_at is not None
+
+    @property
     def holds(self) -> bool:
         """Whether its GPUs, memory and ports still count as taken."""
         return self.life is not Life.EXITED

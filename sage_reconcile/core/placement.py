@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from sage_reconcile.core.memory import launches_by_gpu, occupancy, promised_mib
+from sage_reconcile.core.memory import launches_by_gpu, occupancy
 from sage_reconcile.core.observed import ComputeMode, Gpu, Launch, Link, Observed, link_groups
 from sage_reconcile.core.packing import BUDGET, pack
+from sage_reconcile.core.promise import Breakdown, made_of, nearest_ways, promised_mib
 from sage_reconcile.core.reasons import WORST_LINK, Book, barred, blocked, impossible, no_room, pinned
 from sage_reconcile.core.slots import Item, Option, Slot
 from sage_reconcile.core.spec import Desired, Engine
+
+if TYPE_CHECKING:
+    from sage_reconcile.core.ways import Way
+
+_Kind = tuple[str, int, int]
+"""GPUs of one model with equal memory and driver's reserve: an engine needs the same of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +59,13 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a replica has no place, in numbers."""
+    """Why a replica has no place, in numbers.
+
+    ``ways`` are changes of its entry that would make it fit, where it is too large for every GPU even if it is empty.
+    """
 
     reason: str
+    ways: tuple[Way, ...] = ()
 
 
 def place(
@@ -87,9 +99,10 @@ def books(desired: Desired, observed: Observed, leaving: frozenset[str]) -> list
     return found
 
 
-def needs(engine: Engine, gpu: Gpu, observed: Observed) -> int | None:
+def needs(engine: Engine, book: Book, observed: Observed) -> int | None:
     """MiB that a replica of this engine needs of this GPU; None where that cannot be told."""
-    return promised_mib(engine.spec, gpu, observed.models.get(engine.spec.model or ""))
+    headroom = book.taken.kept_back_mib - book.gpu.memory_reserved_mib
+    return promised_mib(engine.spec, book.gpu, observed.models.get(engine.spec.model or ""), headroom)
 
 
 class _Placing:
@@ -99,9 +112,10 @@ class _Placing:
         self.observed = observed
         self.spread = [engine.name for engine in desired.engines if engine.spec.spread == "gpu"]
         self.books = books(desired, observed, leaving)
-        self._kinds: dict[tuple[str, int], list[int]] = {}
+        self._kinds: dict[_Kind, list[int]] = {}
         for position, book in enumerate(self.books):
-            self._kinds.setdefault((book.gpu.name, book.gpu.memory_total_mib), []).append(position)
+            kind = (book.gpu.name, book.gpu.memory_total_mib, book.gpu.memory_reserved_mib)
+            self._kinds.setdefault(kind, []).append(position)
         self._groups: dict[Link, dict[str, int]] = {}
         self._pools: dict[object, tuple[tuple[int, ...], ...]] = {}
 
@@ -135,12 +149,12 @@ class _Placing:
             request = asking[position][0]
             engine = request.engine
             if (engine.name, proven) not in told:
-                told[engine.name, proven] = Refusal(self._reason(engine, proven=proven))
+                told[engine.name, proven] = Refusal(self._reason(engine, proven=proven), self._ways(engine))
             results[request.replica] = told[engine.name, proven]
         return results
 
-    def _need(self, engine: Engine, gpu: Gpu) -> int | None:
-        return needs(engine, gpu, self.observed)
+    def _need(self, engine: Engine, book: Book) -> int | None:
+        return needs(engine, book, self.observed)
 
     def _slots(self) -> list[Slot]:
         bits = {name: 1 << number for number, name in enumerate(self.spread)}
@@ -176,13 +190,13 @@ class _Placing:
 
     def _item(self, engine: Engine, destination: tuple[str, ...]) -> Item | str:
         """What to pack for a replica of this engine, or why no amount of memory would help."""
-        needs = {kind: self._need(engine, self.books[slots[0]].gpu) for kind, slots in self._kinds.items()}
+        needs = {kind: self._need(engine, self.books[slots[0]]) for kind, slots in self._kinds.items()}
         reason = impossible(engine, self.books, list(needs.values()), self.observed.gpu_note)
         if reason:
             return reason
         known = {kind: need for kind, need in needs.items() if need is not None}
         options = []
-        for name in dict.fromkeys(name for name, _ in known):
+        for name in dict.fromkeys(name for name, *_ in known):
             for most in sorted({need for kind, need in known.items() if kind[0] == name}):
                 kinds = tuple(kind for kind, need in known.items() if kind[0] == name and need <= most)
                 pools = self._allowed(engine, kinds)
@@ -192,7 +206,7 @@ class _Placing:
         spread = 1 << self.spread.index(engine.name) if engine.name in self.spread else 0
         return Item(engine.spec.gpu_count, tuple(options), spread, engine.spec.exclusive)
 
-    def _allowed(self, engine: Engine, kinds: tuple[tuple[str, int], ...]) -> tuple[tuple[int, ...], ...]:
+    def _allowed(self, engine: Engine, kinds: tuple[_Kind, ...]) -> tuple[tuple[int, ...], ...]:
         """The slots of these kinds that an engine may use: all together, or those that are linked as it asks."""
         spec = engine.spec
         link = WORST_LINK.get(spec.link) if spec.gpu_count > 1 else None
@@ -217,10 +231,27 @@ class _Placing:
             elif book.gpu.compute_mode is ComputeMode.EXCLUSIVE:
                 book.barred = f"it is in exclusive-process mode, and {request.replica} comes there"
 
+    def _ways(self, engine: Engine) -> tuple[Way, ...]:
+        usable = [
+            (book.gpu, book.gpu.memory_total_mib - book.taken.kept_back_mib)
+            for book in self.books
+            if pinned(engine, book.gpu) and not book.gpu.problem
+        ]
+        return nearest_ways(engine.spec, usable, self.observed.models.get(engine.spec.model or ""))
+
     def _reason(self, engine: Engine, *, proven: bool) -> str:
-        needs = [self._need(engine, book.gpu) or 0 for book in self.books]
+        needs = [self._need(engine, book) or 0 for book in self.books]
         groups: Mapping[str, int] = self._linked(WORST_LINK.get(engine.spec.link, Link.SYS))
         return no_room(engine, self.books, needs, groups, proven=proven)
+
+
+def breakdown(engine: Engine, placement: Placement, observed: Observed) -> Breakdown | None:
+    """What is promised there, part by part: of several GPUs on the smallest, which decides."""
+    if not placement.gpus:
+        return None
+    smallest = min(placement.gpus, key=lambda gpu: gpu.memory_total_mib)
+    facts = observed.models.get(engine.spec.model or "")
+    return made_of(engine.spec, placement.memory_mib, smallest, facts)
 
 
 def launch_gpus(launch: Launch, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:

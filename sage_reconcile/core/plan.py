@@ -6,12 +6,16 @@ The plan decides everything; whoever carries it out only does. The same input gi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sage_reconcile.core.drift import Change
 from sage_reconcile.core.lifecycle import StopCause
 from sage_reconcile.core.memory import Occupancy
 from sage_reconcile.core.observed import Gpu, Launch
+from sage_reconcile.core.promise import Breakdown
+
+if TYPE_CHECKING:
+    from sage_reconcile.core.ways import Way
 
 Kind = Literal["reap", "kill", "stop", "spawn"]
 
@@ -25,7 +29,8 @@ class Action:
     ``launch`` is the id of the launch it acts on; a spawn has none yet, but ``predecessor`` where it takes over
     from a launch that ends when this one is ready. ``goes_to`` is where what is stopped is started again, where
     that is settled already. ``blocked`` says why it is never done on this machine: it has its place, and nothing
-    waits for it. ``inner_ports`` are for what vLLM opens inside.
+    waits for it. ``inner_ports`` are for what vLLM opens inside. ``made_of`` is what ``memory_mib`` is made of, as far
+    as that is known, ``kv_bytes`` the size that vLLM's KV cache is given; 0 where it takes what is left.
     """
 
     id: str
@@ -47,6 +52,8 @@ class Action:
     predecessor: str = ""
     goes_to: tuple[Gpu, ...] = ()
     blocked: str = ""
+    made_of: Breakdown | None = None
+    kv_bytes: int = 0
 
     @property
     def now(self) -> bool:
@@ -64,11 +71,15 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Unplaced:
-    """A replica that cannot be started, and why. ``runs_on`` tells that its old revision keeps running."""
+    """A replica that cannot be started, and why. ``runs_on`` tells that its old revision keeps running.
+
+    ``ways`` are the changes of its entry with which it would fit on this machine, where it is too large for any GPU.
+    """
 
     replica: str
     reason: str
     runs_on: bool = False
+    ways: tuple[Way, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

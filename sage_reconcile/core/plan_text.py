@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from sage_reconcile.core.lifecycle import StopCause
 from sage_reconcile.core.memory import Occupancy
 from sage_reconcile.core.observed import Gpu
-from sage_reconcile.core.plan import Action, GpuMap, Move, Plan, Proposal
+from sage_reconcile.core.plan import Action, GpuMap, Move, Plan, Proposal, Unplaced
+from sage_reconcile.core.promise import Breakdown
 from sage_reconcile.core.reasons import gib, gpu_names, stranger_names
 
 _BAR = 20
@@ -66,6 +67,7 @@ def _engines(plan: Plan, now: float) -> Iterator[str]:
         rows.append((f"= {kept.launch.replica}\0unchanged\0{place}", []))
     for item in plan.unplaced:
         stays = ["what runs of it now stays as it is"] if item.runs_on else []
+        stays += way_lines(item)
         rows.append((f"! {item.replica}\0unplaced\0{item.reason}", stays))
     width = max((len(head.split("\0")[0]) for head, _ in rows), default=0)
     for head, details in rows:
@@ -82,6 +84,8 @@ def _details(spawn: Action, before: Action | None, now: float) -> list[str]:
     changed = before.changes if before else ()
     told = [change.text() for change in changed]
     told = told or [before.cause if before else spawn.cause]
+    if spawn.made_of:
+        told += breakdown_lines(spawn.made_of)
     if spawn.predecessor:
         told.append("starts there first, and ends here when it is ready: no downtime")
     elif before and before.stop_cause is StopCause.MOVED:
@@ -91,6 +95,40 @@ def _details(spawn: Action, before: Action | None, now: float) -> list[str]:
     elif spawn.not_before is not None:
         told.append(f"starts in {max(0.0, spawn.not_before - now):.0f}s")
     return told
+
+
+PART_NAMES = {
+    "weights": "weights",
+    "kv_cache": "KV cache",
+    "activation": "activation",
+    "cuda_graphs": "CUDA graphs",
+    "context": "CUDA context",
+    "nccl": "NCCL",
+    "lora": "LoRA adapters",
+    "draft": "draft model",
+    "margin": "margin",
+}
+
+
+def breakdown_lines(found: Breakdown) -> Iterator[str]:
+    """What a promise is made of, and where it seems too little."""
+    parts = [f"{PART_NAMES[part.name]} {gib(part.mib)}" for part in found.parts if part.mib]
+    yield f"{', '.join(parts)} (weights {found.confidence})"
+    if found.kv_tokens:
+        many = f"{found.requests:.1f} requests of {found.context:,}"
+        yield f"its KV cache holds {found.kv_tokens:,} tokens: {many}"
+    if found.needed_mib > found.total_mib:
+        yield f"this may be too little: one request of {found.context:,} tokens seems to need {gib(found.needed_mib)}"
+
+
+def way_lines(item: Unplaced) -> Iterator[str]:
+    """What would make it fit on this machine, each change with what it takes of each GPU then."""
+    if not item.ways:
+        return
+    from sage_reconcile.core.ways import way_text  # noqa: PLC0415 - 15 ms of every start
+
+    yield "too large for any GPU here; each of these makes it fit:"
+    yield from (f"  {way_text(way)}  {gib(way.total_mib)}" for way in item.ways)
 
 
 def _place(gpus: tuple[Gpu, ...], memory_mib: int) -> str:

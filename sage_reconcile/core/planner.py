@@ -9,11 +9,12 @@ from sage_reconcile.core.lanes import Lanes
 from sage_reconcile.core.lifecycle import StopCause, failed, failures, how_it_failed, next_try
 from sage_reconcile.core.making_room import MakingRoom, Room, as_move, in_order
 from sage_reconcile.core.observed import Launch, Life, Observed
-from sage_reconcile.core.placement import Placement, Refusal, Request, launch_gpus, place
+from sage_reconcile.core.placement import Placement, Refusal, Request, breakdown, launch_gpus, place
 from sage_reconcile.core.plan import Action, Kept, Kind, Move, Plan, Proposal, Unplaced
 from sage_reconcile.core.ports import Lease, Ports
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.core.standing import Standing, end
+from sage_reconcile.core.units import MIB
 
 _KINDS: tuple[Kind, ...] = ("reap", "kill", "stop", "spawn")
 _RETURNING = (StopCause.CHANGED, StopCause.MOVED)
@@ -50,7 +51,7 @@ class _Planner:
         self.in_vain_for: frozenset[str] = frozenset()
         self.on_their_way = True
         self.stranded: list[str] = []
-        self.refused: dict[str, str] = {}
+        self.refused: dict[str, Refusal] = {}
 
     def plan(self) -> Plan:
         standing = self.standing
@@ -66,7 +67,7 @@ class _Planner:
                 standing.actions.append(self._stop_moved(move))
         standing.actions.sort(key=lambda action: (_KINDS.index(action.kind), action.replica, action.launch))
         actions, unplaced = self._actions(requests, results, [move for move in moves if move.start_first])
-        unplaced += [Unplaced(replica, reason, runs_on=True) for replica, reason in self.refused.items()]
+        unplaced += [Unplaced(name, why.reason, runs_on=True, ways=why.ways) for name, why in self.refused.items()]
         if unplaced:
             standing.notes += [*not_back(self.observed, standing), *standing.failed_moves()]
         names = (replica for engine in self.desired.engines for replica in engine.replicas())
@@ -118,7 +119,7 @@ class _Planner:
     def _taken_back(self, results: _Results) -> bool:
         """Whether some that should have been replaced have nowhere to go, or be moved need not, and so stay."""
         standing = self.standing
-        stuck = {name: result.reason for name, result in results.items() if isinstance(result, Refusal)}
+        stuck = {name: result for name, result in results.items() if isinstance(result, Refusal)}
         drifted = [name for name in stuck if name in standing.drifted]
         for name in drifted:
             self.refused[name] = stuck[name]
@@ -230,7 +231,7 @@ class _Planner:
         for request in sorted(by_name.values(), key=lambda r: r.rank()[1:]):
             result = results[request.replica]
             if isinstance(result, Refusal):
-                unplaced.append(Unplaced(request.replica, result.reason))
+                unplaced.append(Unplaced(request.replica, result.reason, ways=result.ways))
             else:
                 actions.append(self._spawn(request, results, lanes))
         self.standing.waiting += sorted(lanes.late)
@@ -271,6 +272,8 @@ class _Planner:
             failures=failed_before,
             predecessor=predecessor,
             blocked=placement.blocked,
+            made_of=breakdown(request.engine, placement, self.observed),
+            kv_bytes=(request.engine.spec.kv_cache or 0) * MIB,
         )
         if not (held_back or action.blocked):
             lanes.starts(action)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sage_reconcile.core.gpu_models import size_text
-from sage_reconcile.core.memory import Occupancy
+from sage_reconcile.core.host_spec import HostSpec
+from sage_reconcile.core.memory import IDLE_MIB, Occupancy
 from sage_reconcile.core.observed import ComputeMode, Gpu, GpuProcess, Launch, Link
-from sage_reconcile.core.spec import Engine, HostSpec
+from sage_reconcile.core.spec import Engine
 from sage_reconcile.core.units import mib_text, printable
 
 WORST_LINK: Mapping[str, Link] = {"nvlink": Link.NVLINK, "numa": Link.NODE}
@@ -16,10 +17,6 @@ WORST_LINK: Mapping[str, Link] = {"nvlink": Link.NVLINK, "numa": Link.NODE}
 _LINKED = {"nvlink": " joined by NVLink (`link: nvlink`)", "numa": " of one NUMA node (`link: numa`)", "any": ""}
 _MOST_SHOWN = 16
 """GPUs told one by one in a reason: as many as a large box has."""
-
-
-IDLE_MIB = 64
-"""What may show as used on a GPU that nobody uses; the smallest CUDA context takes more than twice as much."""
 
 
 @dataclass(slots=True)

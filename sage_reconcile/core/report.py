@@ -11,6 +11,7 @@ from sage_reconcile.core.lifecycle import Phase, StopCause, fault_note, gpu_faul
 from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
 from sage_reconcile.core.plan import Action, Move, Plan, Proposal
 from sage_reconcile.core.plan_text import summary
+from sage_reconcile.core.promise import Breakdown
 from sage_reconcile.core.spec import Desired, Engine
 
 VERSION = 1
@@ -24,7 +25,13 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "actions": [_action(action) for action in plan.actions],
         "unchanged": [{"replica": kept.launch.replica, **_place(kept.gpus, kept.launch)} for kept in plan.kept],
         "unplaced": [
-            {"replica": item.replica, "reason": item.reason, "runs_on": item.runs_on} for item in plan.unplaced
+            {
+                "replica": item.replica,
+                "reason": item.reason,
+                "runs_on": item.runs_on,
+                "ways": [way._asdict() for way in item.ways],
+            }
+            for item in plan.unplaced
         ],
         "proposals": [proposal_document(proposal) for proposal in plan.proposals],
         "waiting": list(plan.waiting),
@@ -74,7 +81,21 @@ def _action(action: Action) -> dict[str, Any]:
         "start_first": bool(action.predecessor),
         "blocked": action.blocked,
         "changes": [{"field": change.field, "old": change.old, "new": change.new} for change in action.changes],
+        "made_of": breakdown_document(action.made_of) if action.made_of else None,
         **_place(action.gpus, action),
+    }
+
+
+def breakdown_document(found: Breakdown) -> dict[str, Any]:
+    """What a promise is made of, in MiB of each GPU."""
+    return {
+        "parts": {f"{part.name}_mib": part.mib for part in found.parts},
+        "part_confidence": {part.name: str(part.confidence) for part in found.parts},
+        "confidence": found.confidence,
+        "kv_tokens": found.kv_tokens or None,
+        "context": found.context or None,
+        "requests": found.requests if found.kv_tokens else None,
+        "needed_mib": found.needed_mib or None,
     }
 
 

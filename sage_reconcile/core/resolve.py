@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sage_reconcile.core.fields import ENGINE_NAME
+from sage_reconcile.core.host_spec import DeclaredGpu, HostSpec
 from sage_reconcile.core.source import Route, Source, steps_in_file, words
-from sage_reconcile.core.spec import DeclaredGpu, Desired, Engine, EngineSpec, FileSpec, HostSpec
+from sage_reconcile.core.spec import Desired, Engine, EngineSpec, FileSpec
 from sage_reconcile.core.units import described
 from sage_reconcile.errors import Fault
 
@@ -202,6 +203,8 @@ class _Reader:
         file_env = env_files.get(spec.env_file or "", {})
         if not spec.served_model_name:
             spec = spec.model_copy(update={"served_model_name": (name,)})
+        if spec.memory.kind == "all":
+            spec = spec.model_copy(update={"exclusive": True})
         return self._hide(name, spec, origin, file_env)
 
     def _hide(self, name: str, spec: EngineSpec, origin: Mapping[str, Route], file_env: Mapping[str, str]) -> Engine:
@@ -229,7 +232,7 @@ class _Reader:
         """The value with every text that came from the environment as it stands in the file."""
         if isinstance(value, dict):
             return {
-                key: self._shown(item, self._arg_route(route, key), f"{path}.{key}", secrets)
+                key: self._shown(item, self._key_route(route, key), f"{path}.{key}", secrets)
                 for key, item in value.items()
             }
         if isinstance(value, list | tuple):
@@ -244,8 +247,8 @@ class _Reader:
             return self.references[route]
         return value
 
-    def _arg_route(self, route: Route, key: str) -> Route:
-        """Flags may be spelled ``--max_model_len`` in the file; references are kept as spelled."""
+    def _key_route(self, route: Route, key: str) -> Route:
+        """The key in the map at ``route``, as it is spelled (``--max_model_len``); it may stand in the defaults."""
         places = ((*base, spelled) for base in (route, ("defaults", *route[-1:])) for spelled in _spellings(key))
         return next((place for place in places if place in self.source.key_places), (*route, key))
 
@@ -316,18 +319,13 @@ class _Reader:
             if context.get("field"):
                 where = (*origin.get(context["field"], route), context["field"])
             for one in (context, *context.get("others", ())) if context.get("key") else ():
-                self._fault(self._inside(where, one["key"]), one["what"], one["fix"], key=True)
+                self._fault(self._key_route(where, one["key"]), one["what"], one["fix"], key=True)
             if context.get("key"):
                 continue
             if steps:
                 self._fault_of_value(where, message, fix)
             else:  # rules about several fields quote no value
                 self._fault(where, message, fix)
-
-    def _inside(self, route: Route, key: str) -> Route:
-        """The key in the map at ``route``; maps that are merged may have it from the defaults."""
-        places = ((*route, key), ("defaults", *route[-1:], key))
-        return next((place for place in places if place in self.source.key_places), places[0])
 
     def _unknown(self, route: Route, known: tuple[str, ...]) -> None:
         key = str(route[-1])

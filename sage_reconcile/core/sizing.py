@@ -17,10 +17,10 @@ from sage_reconcile.core import weights
 from sage_reconcile.core.kv_cache import BLOCK_TOKENS, Layout, layout
 from sage_reconcile.core.model_config import ModelConfig
 from sage_reconcile.core.quantization import named_quantization
+from sage_reconcile.core.units import MIB
 from sage_reconcile.core.weights import Checkpoint, Parallel, Served, cut
 from sage_reconcile.core.workload import Workload
 
-MIB = 1 << 20
 CONTEXT_ONE_RANK_MIB, CONTEXT_MANY_RANKS_MIB, CONTEXT_EXPERTS_MIB = 523, 1588, 2059
 """CUDA context and NCCL, which vLLM does not count: 0.51 GiB; with several ranks 1.43 to 1.55, with experts 2.01."""
 GRAPHS_MIB, GRAPHS_BASE_MIB, GRAPHS_LAYER_MIB = 2048, 768, 16
@@ -109,19 +109,22 @@ def parameters_from_name(model: str) -> int | None:
     return round(int(match[1] or 1) * float(match[2]) * scale)
 
 
-def guess(model: str, parallel: Parallel) -> tuple[Part, ...] | None:
+def guess(model: str, work: Workload) -> tuple[Part, ...] | None:
     """What a model of this name may take, where nothing but the name is known; None where that tells nothing.
 
     The field's plain rule: two bytes a parameter, times 1.2 for what comes with the weights, divided over
-    the tensor and pipeline ranks, plus 2 GiB on each GPU. How much of that is KV cache nobody knows.
+    the tensor and pipeline ranks, plus 2 GiB on each GPU. How much of that is KV cache nobody knows; one of a given
+    size comes on top.
     """
     parameters = parameters_from_name(model)
     if parameters is None:
         return None
+    parallel = work.parallel
     held = parameters * BYTES_PER_PARAMETER / (parallel.tensor * parallel.pipeline)
     total = _mib(held * _NAME_MARGIN) + _NAME_BASE_MIB
     context = context_mib(None, parallel)
-    sizes = {"weights": _mib(held), "context": context, "margin": total - _mib(held) - context}
+    margin = total - _mib(held) - context
+    sizes = {"weights": _mib(held), "kv_cache": work.kv_mib, "context": context, "margin": margin}
     return tuple(Part(name, sizes.get(name, 0), Confidence.GUESSED) for name in PARTS)
 
 
@@ -149,7 +152,7 @@ def size(
     kept = max(0, known_weights - work.offload_mib * MIB)
     shape = layout(config, work.parallel, types, work.block_tokens or BLOCK_TOKENS)
     context = work.context or config.context
-    kv_bytes = shape.pool_bytes(context, work.concurrency, tokens)
+    kv_bytes = work.kv_mib * MIB or shape.pool_bytes(context, work.concurrency, tokens)
     active = activation_bytes(config, work.parallel, types.dtype_bytes, tokens, min(tokens, sequences))
     drafted, drafted_kv, how = _draft(config, draft, work, types, tokens)
     lora = lora_bytes(config, work, types.dtype_bytes)
@@ -157,7 +160,7 @@ def size(
     guessed, estimated = Confidence.GUESSED, Confidence.ESTIMATED
     parts = (
         Part("weights", _mib(kept), sure),
-        Part("kv_cache", _mib(kv_bytes), estimated),
+        Part("kv_cache", _mib(kv_bytes), Confidence.EXACT if work.kv_mib else estimated),
         Part("activation", _mib(active), estimated),
         Part("cuda_graphs", 0 if work.eager else graphs_mib(config, work.parallel), guessed),
         Part("context", context_mib(config, work.parallel), guessed),

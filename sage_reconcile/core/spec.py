@@ -7,31 +7,27 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from sage_reconcile.core.fields import (
-    host_gpus_kind,
-    read_bind,
     read_command,
-    read_declared_gpu,
     read_env,
     read_flags,
-    read_gpu_list,
     read_gpus,
-    read_host_gpus,
     read_model,
     read_names,
     read_port,
+    sizes_memory,
 )
-from sage_reconcile.core.gpu_models import MOST, Declared
+from sage_reconcile.core.host_spec import HostSpec, Strict
 from sage_reconcile.core.units import (
     Memory,
     MemoryRequest,
-    PortRange,
     Seconds,
     SizeMib,
     Switch,
     Text,
+    Tokens,
     WholeNumber,
     fault,
 )
@@ -48,72 +44,7 @@ class Effect(StrEnum):
     """The new value is used from the next decision on; the replica keeps running."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-
-class DeclaredGpu(_Strict):
-    """GPUs that are not there: the simulator runs on them, and plans can be tried for them."""
-
-    name: Text = Field(description="What the GPU is called, such as H100-80GB.")
-    memory: SizeMib = Field(default=0, gt=0, description="Memory of one of them; of a known GPU it may be left out.")
-    count: WholeNumber = Field(default=1, ge=1, le=MOST, description="How many of them.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _in_words(cls, value: object) -> object:
-        return read_declared_gpu(value)
-
-    @property
-    def declared(self) -> Declared:
-        """The same as plain data."""
-        return Declared(self.name, self.memory, self.count)
-
-
-class HostSpec(_Strict):
-    """What the file says about the machine as a whole."""
-
-    gpus: Annotated[
-        Annotated[Literal["auto", "none"], Tag("[word]")] | Annotated[tuple[DeclaredGpu, ...], Tag("[list]")],
-        Discriminator(host_gpus_kind),
-        BeforeValidator(read_host_gpus),
-    ] = Field(
-        default="auto",
-        description="auto: the GPUs that NVML shows; none: use no GPU; else GPUs that are not there, such as "
-        "8xH100-80GB: engines are planned for them, and the simulator runs on them.",
-    )
-    headroom: SizeMib = Field(default=0, description="Memory of each GPU that is never given to an engine.")
-    exclude: Annotated[tuple[int | str, ...], BeforeValidator(read_gpu_list)] = Field(
-        default=(), description="GPUs (index or UUID) on which nothing new is started."
-    )
-    ports: PortRange = Field(default="8000-8999", description="Where `port: auto` takes its ports from.")
-    inner_ports: PortRange = Field(
-        default="20000-29999", description="Where vLLM's own ports come from, those between its processes."
-    )
-    bind: Annotated[str, BeforeValidator(read_bind)] = Field(
-        default="127.0.0.1", description="The address engines listen on."
-    )
-    concurrent_starts: WholeNumber = Field(default=8, ge=1, le=10000, description="How many start at one time.")
-
-    @property
-    def declared(self) -> tuple[Declared, ...]:
-        """The GPUs that exist only by declaration; none where those of the machine are meant."""
-        return tuple(gpu.declared for gpu in self.gpus if not isinstance(gpu, str))
-
-    @model_validator(mode="after")
-    def _ranges_are_apart(self) -> HostSpec:
-        """Only where both were chosen: the default gives way (blocks keep clear of ``ports``)."""
-        (low, high), (inner_low, inner_high) = (map(int, text.split("-")) for text in (self.ports, self.inner_ports))
-        if "inner_ports" in self.model_fields_set and inner_low <= high and low <= inner_high:
-            raise fault(
-                f"{self.inner_ports} overlaps `ports` ({self.ports}), where engines listen",
-                "choose a range apart from it",
-                field="inner_ports",
-            )
-        return self
-
-
-class EngineSpec(_Strict):
+class EngineSpec(Strict):
     """One entry of ``engines:``: an inference engine and how many replicas of it shall run."""
 
     model: Annotated[str | None, BeforeValidator(read_model)] = Field(
@@ -136,7 +67,18 @@ class EngineSpec(_Strict):
         default="auto", description="auto, or the only GPUs (index or UUID) that may be used."
     )
     memory: MemoryRequest = Field(
-        default=Memory("auto"), validate_default=True, description="Memory on each GPU: auto, 24GiB or 30%."
+        default=Memory("auto"),
+        validate_default=True,
+        description="Memory on each GPU: auto, 24GiB, 30%, all (a GPU alone), or manual (as its `args` say).",
+    )
+    context: Tokens | None = Field(
+        default=None, description="The longest request, prompt and answer, in tokens: 8192 or 32k."
+    )
+    concurrency: WholeNumber | None = Field(
+        default=None, ge=1, le=100000, description="With memory: auto: room for so many requests of full length."
+    )
+    kv_cache: SizeMib | None = Field(
+        default=None, gt=0, description="With memory: auto: the size of the KV cache on each GPU, whatever fits in it."
     )
     spread: Literal["gpu", "none"] = Field(default="none", description="gpu: no GPU has two replicas of it.")
     link: Literal["nvlink", "numa", "any"] = Field(default="any", description="What must link the GPUs of a replica.")
@@ -190,6 +132,7 @@ class EngineSpec(_Strict):
             raise fault("`args` are vLLM's flags; they mean nothing here", "write them into `command`", field="args")
         if self.model is None and (self.runtime != "command" or any("{model}" in word for word in self.command or ())):
             raise fault("field `model` is missing", "name the model on the hub, or its folder")
+        self._memory_is_asked_for_once()
         if self.device == "cpu" and self.gpus != "auto":
             raise fault("`gpus` are listed, but `device: cpu` uses none", "remove one of the two", field="gpus")
         if self.device == "cpu" and self.memory.kind == "percent":
@@ -208,6 +151,38 @@ class EngineSpec(_Strict):
             )
         return self
 
+    def _memory_is_asked_for_once(self) -> None:
+        """What memory follows from, and what decides it, must not contradict each other."""
+        if self.runtime == "command":
+            for name in ("context", "concurrency", "kv_cache"):
+                if getattr(self, name) is not None:
+                    raise fault(f"`{name}` means nothing to a command", "say its `memory`", field=name)
+            if self.memory.kind == "manual":
+                what = "`memory: manual` is about vLLM's flags"
+                raise fault(what, "write what the command takes, such as 24GiB", field="memory")
+        if self.context is not None and "max-model-len" in self.args:
+            raise fault(
+                "`context` and `max-model-len` in `args` are the same", "remove one of the two", field="context"
+            )
+        for name in ("concurrency", "kv_cache"):
+            if getattr(self, name) is not None and self.memory.kind != "auto":
+                raise fault(
+                    f"`{name}` says what `memory: auto` shall hold, but `memory` is {self.memory}",
+                    "remove one of the two",
+                    field=name,
+                )
+        if self.kv_cache is not None and self.concurrency is not None:
+            what = "`kv_cache` and `concurrency` both size the KV cache"
+            raise fault(what, "remove one of the two", field="kv_cache")
+        sized = [flag for flag in self.args if sizes_memory(flag)]
+        if sized and self.memory.kind != "manual":
+            raise fault(
+                f"`{sized[0]}` is set by sage-reconcile",
+                "use the fields `memory`, `kv_cache`, `context` and `concurrency`, or write `memory: manual`",
+                field="args",
+                key=sized[0],
+            )
+
 
 EFFECTS: Mapping[str, Effect] = {
     "model": Effect.RESTART,
@@ -221,6 +196,9 @@ EFFECTS: Mapping[str, Effect] = {
     "data_parallel_size": Effect.RESTART,
     "gpus": Effect.PLACE,
     "memory": Effect.RESTART,
+    "context": Effect.RESTART,
+    "concurrency": Effect.RESTART,
+    "kv_cache": Effect.RESTART,
     "spread": Effect.NOTHING,  # and so for `exclusive`: who would have to give way, the file does not say
     "link": Effect.PLACE,
     "exclusive": Effect.NOTHING,
@@ -238,7 +216,7 @@ EFFECTS: Mapping[str, Effect] = {
 """What a change of each field does. A test fails when a field is missing here."""
 
 
-class FileSpec(_Strict):
+class FileSpec(Strict):
     """The whole of ``engines.yaml``."""
 
     version: Literal[1] = Field(description="The version of this format: 1.")

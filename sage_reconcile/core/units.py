@@ -18,9 +18,11 @@ from pydantic_core import CoreSchema, PydanticCustomError
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)")
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
+_TOKENS = re.compile(r"(\d{1,12})([kKmM]?)")
+MOST_TOKENS = 1 << 40
 _BINARY = {"k": 1, "m": 2, "g": 3, "t": 4}
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_MIB = 1 << 20
+MIB = 1 << 20
 
 
 def fault(what: str, fix: str = "", *, field: str = "", key: str = "") -> PydanticCustomError:
@@ -71,7 +73,7 @@ def size_mib(value: object) -> int:
         raise fault(f"expected a size, got {described(value)}", example)
     power = _BINARY[unit[0]]
     scale: int = 1000**power if unit.endswith("b") and not unit.endswith("ib") else 1024**power
-    return math.ceil(round(float(match[1]) * scale / _MIB, 6))
+    return math.ceil(round(float(match[1]) * scale / MIB, 6))
 
 
 def mib_text(mib: int) -> str:
@@ -81,14 +83,18 @@ def mib_text(mib: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """How much of each GPU an engine asks for: ``auto``, an amount, or a share of the GPU."""
+    """How much of each GPU an engine asks for: an amount, a share of the GPU, or a word.
 
-    kind: Literal["auto", "mib", "percent"]
+    ``auto``: what it takes; ``all``: a GPU alone, with all that can be given of it; ``manual``: what the flags say that
+    its entry has for vLLM.
+    """
+
+    kind: Literal["auto", "all", "manual", "mib", "percent"]
     amount: float = 0
 
     def __str__(self) -> str:
-        if self.kind == "auto":
-            return "auto"
+        if self.kind not in ("mib", "percent"):
+            return self.kind
         return mib_text(int(self.amount)) if self.kind == "mib" else f"{self.amount:g}%"
 
     @classmethod
@@ -96,21 +102,24 @@ class Memory:
         """How editors should see it: text."""
         return {
             "type": "string",
-            "pattern": r"^(auto|\d+(\.\d+)?\s*%|\d+(\.\d+)?\s*[KMGTkmgt](i|iB|B|b)?)$",
-            "examples": ["auto", "24GiB", "30%"],
+            "pattern": r"^(auto|all|manual|\d+(\.\d+)?\s*%|\d+(\.\d+)?\s*[KMGTkmgt](i|iB|B|b)?)$",
+            "examples": ["auto", "24GiB", "30%", "all"],
         }
 
 
+_MEMORY_FIX = "write auto, a size such as 24GiB, a share such as 30%, all, or manual"
+
+
 def read_memory(value: object) -> Memory:
-    """``auto``, ``24GiB`` or ``30%``.
+    """``auto``, ``24GiB``, ``30%``, ``all`` or ``manual``.
 
     Raises:
         PydanticCustomError: it is none of these, or out of range.
     """
     if isinstance(value, Memory):
         return value
-    if value == "auto":
-        return Memory("auto")
+    if value in ("auto", "all", "manual"):
+        return Memory(value)
     if isinstance(value, str) and (match := _PERCENT.fullmatch(value.strip())):
         percent = float(match[1])
         if not 0 < percent <= 100:
@@ -119,11 +128,23 @@ def read_memory(value: object) -> Memory:
     try:
         mib = size_mib(value)
     except PydanticCustomError as error:
-        what = (error.context or {})["what"]
-        raise fault(str(what), "write auto, a size such as 24GiB, or a share such as 30%") from None
+        raise fault(str((error.context or {})["what"]), _MEMORY_FIX) from None
     if mib == 0:
-        raise fault("no memory at all is impossible", "write auto, a size such as 24GiB, or a share such as 30%")
+        raise fault("no memory at all is impossible", _MEMORY_FIX)
     return Memory("mib", mib)
+
+
+def read_tokens(value: object) -> int:
+    """A number of tokens: ``8192``, or ``32k`` for 32 × 1024, as people name contexts.
+
+    Raises:
+        PydanticCustomError: it is none, or out of range.
+    """
+    match = _TOKENS.fullmatch(str(value).strip()) if isinstance(value, int | str) else None
+    count = int(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2].lower()] if match else 0
+    if isinstance(value, bool) or not 0 < count < MOST_TOKENS:
+        raise fault(f"expected a number of tokens, got {described(value)}", "write it as 8192 or 32k")
+    return count
 
 
 def read_seconds(value: object) -> float:
@@ -240,6 +261,11 @@ PortRange = Annotated[
     _Schema({"type": "string", "pattern": r"^\d+-\d+$", "examples": ["8000-8999"]}),
 ]
 WholeNumber = Annotated[int, BeforeValidator(read_whole_number)]
+Tokens = Annotated[
+    int,
+    BeforeValidator(read_tokens),
+    _Schema({"type": ["integer", "string"], "pattern": r"^\d+[kKmM]?$", "examples": [8192, "32k"]}),
+]
 Switch = Annotated[bool, BeforeValidator(read_switch)]
 Text = Annotated[str, BeforeValidator(read_text)]
 MemoryRequest = Annotated[Memory, BeforeValidator(read_memory), PlainSerializer(str, return_type=str)]

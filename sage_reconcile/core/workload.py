@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from sage_reconcile.core.model_config import DTYPE_BYTES
 from sage_reconcile.core.spec import EngineSpec
+from sage_reconcile.core.units import MIB
 from sage_reconcile.core.weights import Parallel
 
 _HUMAN = re.compile(r"(\d+(?:\.\d+)?)([kKmMgG]?)")
@@ -29,7 +30,8 @@ class Speculation(NamedTuple):
 class Workload:
     """What is asked of an engine. None and 0 stand for what vLLM does by itself.
 
-    ``context`` in tokens, ``concurrency`` full-length requests at one time. ``batched_tokens`` and ``sequences`` are
+    ``context`` in tokens, ``concurrency`` full-length requests at one time, for which the KV cache has room; or
+    ``kv_mib``, whatever fits in it. ``batched_tokens`` and ``sequences`` are
     vLLM's ``--max-num-batched-tokens`` and ``--max-num-seqs``. ``dtype_bytes`` is of what is not quantised,
     ``cache_bytes`` of a number in the KV cache. ``offload_mib`` of the weights of a rank stay in host memory.
     """
@@ -37,6 +39,7 @@ class Workload:
     parallel: Parallel = field(default_factory=Parallel)
     context: int = 0
     concurrency: int = 1
+    kv_mib: int = 0
     batched_tokens: int = 0
     sequences: int = 0
     dtype_bytes: int = 0
@@ -60,7 +63,9 @@ def workload(spec: EngineSpec) -> Workload:
             spec.data_parallel_size,
             args.get("enable-expert-parallel") in _TRUE,
         ),
-        context=_whole(args, "max-model-len"),
+        context=spec.context or _whole(args, "max-model-len"),
+        concurrency=spec.concurrency or 1,
+        kv_mib=spec.kv_cache or -(-_whole(args, "kv-cache-memory-bytes") // MIB),
         batched_tokens=_whole(args, "max-num-batched-tokens"),
         sequences=_whole(args, "max-num-seqs"),
         dtype_bytes=dtype_bytes(str(args.get("dtype") or "")),

@@ -256,6 +256,7 @@ class LocalHost:
             port=action.port,
             gpus=action.gpus,
             memory_mib=action.memory_mib,
+            kv_bytes=action.kv_bytes,
             inner_ports=action.inner_ports,
         )
         self.records.save(record)

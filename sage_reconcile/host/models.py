@@ -41,11 +41,11 @@ class ModelReader:
         self._known: dict[str, tuple[_Stamp, ModelFacts]] = {}
 
     def read(self, desired: Desired) -> dict[str, ModelFacts]:
-        """What is known of the models whose size is asked for (``memory: auto``), by their names in the file."""
+        """What is known of the models that are served, by their names in the file."""
         facts: dict[str, ModelFacts] = {}
         for engine in desired.engines:
             model = engine.spec.model
-            if model is None or engine.spec.memory.kind != "auto" or model in facts:
+            if model is None or engine.spec.runtime == "command" or model in facts:
                 continue
             if found := self.facts(model, engine.env):
                 facts[model] = found

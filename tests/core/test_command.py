@@ -16,10 +16,12 @@ OTHER = replace(CARD, uuid="GPU-b", index=1)
 
 
 def entry(**fields: Any) -> EngineSpec:
-    return EngineSpec(**{"model": "org/m", "served_model_name": "chat", **fields})
+    return EngineSpec.model_validate({"model": "org/m", "served_model_name": "chat", **fields})
 
 
-def words(gpus: tuple[Gpu, ...] = (), memory_mib: int = 0, inner_ports: range = range(0), **fields: Any) -> list[str]:
+def words(
+    gpus: tuple[Gpu, ...] = (), memory_mib: int = 0, inner_ports: range = range(0), kv_bytes: int = 0, **fields: Any
+) -> list[str]:
     spec = entry(**fields)
     python = "/opt/python"
     return list(
@@ -31,6 +33,7 @@ def words(gpus: tuple[Gpu, ...] = (), memory_mib: int = 0, inner_ports: range = 
             port=8000,
             gpus=gpus,
             memory_mib=memory_mib,
+            kv_bytes=kv_bytes,
             inner_ports=inner_ports,
         )
     )
@@ -56,6 +59,20 @@ def test_the_smallest_gpu_decides_the_share() -> None:
     assert words((CARD, larger), 40 * 1024) == words((larger, CARD), 40 * 1024)
     found = words((CARD, larger), 40 * 1024)
     assert float(found[found.index("--gpu-memory-utilization") + 1]) < 0.25
+
+
+def test_a_context_and_a_kv_cache_of_the_file_are_told_to_vllm() -> None:
+    found = words((CARD,), 40 * 1024, context="32k", kv_bytes=2**30)
+    assert found[found.index("--max-model-len") + 1] == "32768"
+    assert found[found.index("--kv-cache-memory-bytes") + 1] == str(2**30)
+    assert len(found) == len(words((CARD,), 40 * 1024)) + 4
+
+
+def test_with_memory_manual_the_flags_are_the_users() -> None:
+    plain = words((CARD,), 40 * 1024, memory="manual")
+    assert "--gpu-memory-utilization" not in plain
+    own = words((CARD,), 40 * 1024, memory="manual", args={"gpu-memory-utilization": 0.3})
+    assert own == [*plain, "--gpu-memory-utilization", "0.3"]
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from sage_reconcile.core.gpu_report import gpu_document, gpu_rows, lasting
+from sage_reconcile.core.host_spec import HostSpec
 from sage_reconcile.core.observed import GpuProcess, Link, Observed
 from sage_reconcile.core.planner import make_plan
 from sage_reconcile.core.report import status_document
-from sage_reconcile.core.spec import HostSpec
 from tests.plans.world import NOW, world
 from tests.reading import desired
 

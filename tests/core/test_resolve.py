@@ -76,7 +76,7 @@ ADDRESS = "write one such as 127.0.0.1, ::1 or 0.0.0.0, without a port"
             "model: m\nmemory: 24",
             (
                 "f:5:13: engines.chat.memory: expected a size, got the number 24; "
-                "write auto, a size such as 24GiB, or a share such as 30%"
+                "write auto, a size such as 24GiB, a share such as 30%, all, or manual"
             ),
         ),
         (
@@ -336,8 +336,6 @@ def test_an_unknown_field_that_resembles_nothing_gets_the_whole_list() -> None:
         ("tp", "the field `tensor_parallel_size`"),
         ("pp", "the field `pipeline_parallel_size`"),
         ("dp", "the field `data_parallel_size`"),
-        ("gpu-memory-utilization", "the field `memory`"),
-        ("gpu-mem", "the field `memory`"),
         ("served-model-name", "the field `served_model_name`"),
         ("shutdown-timeout", "the field `stop_timeout`"),
         ("shut", "the field `stop_timeout`"),
@@ -349,6 +347,78 @@ def test_flags_that_we_set_are_refused_under_any_name_that_means_them(flag: str,
     assert lines(entry(f"model: m\nargs: {{{flag}: x}}")) == [
         f"f:5:12: engines.chat.args.{flag}: `{flag}` is set by sage-reconcile; use {instead}"
     ]
+
+
+@pytest.mark.parametrize("flag", ["gpu-memory-utilization", "gpu-mem", "--kv_cache_memory_bytes", "kv-cache-mem"])
+def test_how_much_memory_vllm_takes_is_ours_to_say_but_with_memory_manual(flag: str) -> None:
+    assert lines(entry(f"model: m\nargs: {{{flag}: 0.5}}")) == [
+        (
+            f"f:5:12: engines.chat.args.{flag}: `{flag.lstrip('-').replace('_', '-')}` is set by sage-reconcile; use the "
+            "fields `memory`, `kv_cache`, `context` and `concurrency`, or write `memory: manual`"
+        )
+    ]
+    assert lines(entry(f"model: m\nmemory: manual\nargs: {{{flag}: 0.5}}")) == []
+
+
+def test_what_defaults_say_of_memory_is_told_where_it_stands() -> None:
+    given = "version: 1\ndefaults:\n  args: {gpu_memory_utilization: 0.5}\nengines:\n  a: {model: m}\n"
+    (told,) = lines(given)
+    assert told.startswith("f:3:10: defaults.args.gpu_memory_utilization: `gpu-memory-utilization` is set by ")
+    assert lines(given.replace("{model: m}", "{model: m, memory: manual}")) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ("context: 0", "context: expected a number of tokens, got the number 0; write it as 8192 or 32k"),
+        ("context: 32.5k", "context: expected a number of tokens, got the text '32.5k'; write it as 8192 or 32k"),
+        (
+            "context: true",
+            "context: expected a number of tokens, got `true`, which YAML reads as true; write it as 8192 or 32k",
+        ),
+        (
+            "context: 1k\nargs: {max_model_len: 5}",
+            "context: `context` and `max-model-len` in `args` are the same; remove one of the two",
+        ),
+        (
+            "memory: 24GiB\nconcurrency: 2",
+            (
+                "concurrency: `concurrency` says what `memory: auto` shall hold, but `memory` is 24GiB; "
+                "remove one of the two"
+            ),
+        ),
+        (
+            "memory: manual\nkv_cache: 2GiB",
+            "kv_cache: `kv_cache` says what `memory: auto` shall hold, but `memory` is manual; remove one of the two",
+        ),
+        (
+            "kv_cache: 2GiB\nconcurrency: 2",
+            "kv_cache: `kv_cache` and `concurrency` both size the KV cache; remove one of the two",
+        ),
+        (
+            "runtime: command\ncommand: serve\ncontext: 1k",
+            "context: `context` means nothing to a command; say its `memory`",
+        ),
+        (
+            "runtime: command\ncommand: serve\nmemory: manual",
+            "memory: `memory: manual` is about vLLM's flags; write what the command takes, such as 24GiB",
+        ),
+    ],
+)
+def test_memory_is_asked_for_in_one_way(fields: str, told: str) -> None:
+    (line,) = lines(entry(f"model: m\n{fields}"))
+    assert line.split(": engines.chat.")[1] == told
+
+
+def test_a_gpu_with_all_its_memory_is_for_one_alone() -> None:
+    found = engine("model: m\nmemory: all")
+    assert (found.spec.exclusive, found.record["exclusive"], str(found.spec.memory)) == (True, True, "all")
+    assert not engine("model: m\nmemory: 100%").spec.exclusive
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("32k", 32768), ("8192", 8192), ("1m", 1 << 20), ("4K", 4096)])
+def test_tokens(text: str, tokens: int) -> None:
+    assert engine(f"model: m\ncontext: {text}").spec.context == tokens
 
 
 @pytest.mark.parametrize("flag", ["ssl-password", "my-secret", "proxy-api-key", "auth-token", "access_token"])

@@ -100,7 +100,7 @@ def test_how_sure_each_number_is() -> None:
     assert mib(made_of, "margin") - mib(read, "margin") == pytest.approx(0.02 * 10240, abs=2), "less is left to chance"
     made = size(model(), Workload(quantization="fp8"), Card(), checkpoint)
     assert made.parts[0].confidence is Confidence.ESTIMATED, "headers do not tell what is quantised while it is loaded"
-    guessed = guess("org/M-8B", Parallel())
+    guessed = guess("org/M-8B", Workload())
     assert guessed
     assert {part.confidence for part in guessed} == {Confidence.GUESSED}
 

@@ -58,12 +58,18 @@ def test_it_exits_3_where_it_does_not_fit_and_says_what_would(box: Box, model: s
     assert (small["gpu"]["fits"], small["gpu"]["smallest_tensor_parallel_size"]) == (False, 2)
     text = box.run("estimate", model, "--gpu", "RTX-4090", expect=3)
     assert "It does not fit on RTX-4090" in text
-    assert "The smallest tensor parallel size that holds it there: 2." in text
+    assert [(way["field"], way["value"]) for way in small["gpu"]["ways"]] == [
+        ("context", 41984),
+        ("tensor_parallel_size", 2),
+    ]
+    assert "  With --context 41984: 23.4GiB.\n  With --tensor-parallel-size 2: 21.8GiB." in text
+    shorter = asked(box, model, "--gpu", "RTX-4090", "--context", "41984")
+    assert (shorter["gpu"]["fits"], shorter["gpu"]["ways"]) == (True, [])
     large = asked(box, model, "--gpu", "H100-80GB")
     assert large["gpu"]["fits"]
     assert large["gpu"]["smallest_tensor_parallel_size"] == 1
     assert large["gpu"]["kv_tokens"] > 400_000
-    assert "No tensor parallel size" in box.run("estimate", model, "--gpu", "4GiB", expect=3)
+    assert "alone makes it fit there" in box.run("estimate", model, "--gpu", "4GiB", expect=3)
 
 
 def test_of_several_gpus_as_few_as_hold_it_are_taken(box: Box, model: str) -> None:
@@ -115,8 +121,8 @@ def test_a_file_of_weights_that_is_cut_short_is_noted(box: Box, model: str) -> N
     ("words", "said"),
     [
         (["--max"], "--max: it asks what fits on a GPU; give one with --gpu"),
-        (["--context", "long"], "'long' is no number of tokens; write 8192 or 32k"),
-        (["--context", "0"], "'0' is no number of tokens"),
+        (["--context", "long"], "expected a number of tokens, got the text 'long'; write it as 8192 or 32k"),
+        (["--context", "0"], "expected a number of tokens, got the text '0'"),
         (["--gpu", "2xH100-80GB,4xL4"], "one replica runs on GPUs of one model"),
         (["--gpu", "Foo"], "'Foo' names no known GPU"),
         (["--kv-cache", "8"], "expected a size"),

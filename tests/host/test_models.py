@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +188,11 @@ def test_an_engine_may_have_a_cache_of_its_own(folder: Path, tmp_path: Path) -> 
     cached(tmp_path / "own/hub")
     wanted = desired(
         f"version: 1\nengines: {{a: {{model: org/name, memory: auto, env: {{HF_HOME: {tmp_path / 'own'}}}}},"
-        " b: {model: model, memory: 1GiB}, c: {model: no/such}}"
+        " b: {model: model, memory: 1GiB}, c: {model: no/such}, d: {runtime: command, command: serve, model: model}}"
     )
-    assert set(reader(folder).read(wanted)) == {"org/name"}
+    assert set(reader(folder).read(wanted)) == {"org/name", "model"}
+    only_a_command = [engine for engine in wanted.engines if engine.name == "d"]
+    assert not reader(folder).read(replace(wanted, engines=tuple(only_a_command))), "what it does with it is its own"
 
 
 @pytest.mark.parametrize(

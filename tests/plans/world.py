@@ -17,7 +17,6 @@ import yaml
 
 from sage_reconcile.core.declared import declared_gpus, declared_links
 from sage_reconcile.core.lifecycle import StopCause
-from sage_reconcile.core.memory import promised_mib
 from sage_reconcile.core.model_config import read_model_config
 from sage_reconcile.core.observed import (
     ComputeMode,
@@ -31,6 +30,7 @@ from sage_reconcile.core.observed import (
     Observed,
     Port,
 )
+from sage_reconcile.core.promise import promised_mib
 from sage_reconcile.core.resolve import secret_marks
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.core.units import read_seconds, size_mib
