@@ -114,10 +114,18 @@ def _show(document: Mapping[str, Any]) -> None:
         print("Its config.json tells no longest context: that is vLLM's default. Say it with --context.")
     if document["gpu"]:
         _show_gpu(document, document["gpu"])
+    _show_smallest(document["smallest"])
     if not document["source"]:
         print("A guess from the name: nothing of the model is here. A folder with its config.json would do.")
     if document["note"]:
         rendering.note(f"{document['note']}; worked out from what else is known")
+
+
+def _show_smallest(smallest: Sequence[Mapping[str, Any]]) -> None:
+    """The GPUs on which it fits, one line for each number of them."""
+    for number, count in enumerate(dict.fromkeys(item["count"] for item in smallest)):
+        names = ", ".join(item["gpu"] for item in smallest if item["count"] == count)
+        print(f"{'It fits on' if number == 0 else '        or'} {count} x {names}")
 
 
 def _bar(mib: int, total: int, name: str) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sage_reconcile.core.gpu_models import Declared
+from sage_reconcile.core.gpu_models import MODELS, Declared
 from sage_reconcile.core.observed import ModelFacts
-from sage_reconcile.core.sizing import Card, Part, Sizing
+from sage_reconcile.core.sizing import Card, Part, Sizing, batch_defaults
 from sage_reconcile.core.units import MIB
 from sage_reconcile.core.ways import (
     LONGEST,
@@ -69,7 +69,30 @@ def estimate(question: Question, facts: ModelFacts | None) -> Mapping[str, Any] 
         "total_mib": _total(parts),
         "kv_tokens": sized.kv_tokens if sized else None,
         "gpu": _on_gpu(question, facts, sized, parts),
+        "smallest": [] if question.gpu else list(_smallest_sets(question, facts)),
     }
+
+
+def _smallest_sets(question: Question, facts: ModelFacts | None) -> Iterator[Mapping[str, Any]]:
+    """Of each known GPU as few as hold it, the fewest and smallest first; those of which 8 ranks do not are left out.
+
+    What an engine takes differs between GPUs only by vLLM's own defaults, so few sizes have to be worked out.
+    """
+    each = question.work.parallel.pipeline * question.work.parallel.data
+    tensors = [question.work.parallel.tensor] if question.tensor_told else TENSOR_SIZES
+    totals: dict[tuple[tuple[int, int], int], int] = {}
+    found: list[tuple[int, int, str]] = []
+    for model in MODELS:
+        card = Card(model.name, model.memory_mib)
+        usable = usable_mib(Declared(model.name, model.memory_mib, 1))
+        for tensor in (x for x in tensors if divisible(facts, x)):
+            key = batch_defaults(card), tensor
+            if key not in totals:
+                totals[key] = _total(parts_of(question.model, with_tensor(question.work, tensor), facts, card) or ())
+            if totals[key] <= usable:
+                found.append((tensor * each, model.memory_mib, model.name))
+                break
+    yield from ({"gpu": name, "count": count} for count, _, name in sorted(found))
 
 
 def _total(parts: tuple[Part, ...]) -> int:

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from sage_reconcile.core.estimate import DRIVER_MIB, Question, estimate
-from sage_reconcile.core.gpu_models import Declared, read_gpus
+from sage_reconcile.core.gpu_models import MODELS, Declared, read_gpus
 from sage_reconcile.core.model_config import read_model_config
 from sage_reconcile.core.observed import ModelFacts
 from sage_reconcile.core.weights import Parallel
@@ -97,3 +97,27 @@ def test_a_name_is_a_guess_and_no_name_is_nothing() -> None:
     assert estimate(Question("org/mystery", Workload()), ModelFacts("f", problem="odd")) is None
     told = asked(replace(facts(), problem="cut short"))
     assert (told["note"], told["confidence"]) == ("cut short", "estimated")
+
+
+@pytest.mark.parametrize("context", [8192, 131072])
+def test_the_smallest_sets_are_those_that_hold_it_and_no_smaller_one_does(context: int) -> None:
+    work = Workload(context=context)
+    known = facts()
+    found = estimate(Question("m", work, tensor_told=False), known)
+    assert found is not None
+    sets = {item["gpu"]: item["count"] for item in found["smallest"]}
+    assert list(sets.values()) == sorted(sets.values()), "the fewest first"
+    for model in MODELS:
+        fits = {}
+        for count in (1, 2, 4, 8):
+            ranks = Workload(Parallel(count), context=context)
+            told = estimate(Question("m", ranks, Declared(model.name, model.memory_mib, count)), known)
+            assert told is not None
+            fits[count] = told["gpu"]["fits"]
+        assert sets.get(model.name) == next((count for count, fit in fits.items() if fit), None), model.name
+
+
+def test_a_tensor_size_that_is_given_is_kept_and_stages_multiply() -> None:
+    given = estimate(Question("m", Workload(Parallel(2, 2), context=8192), tensor_told=True), facts())
+    assert given is not None
+    assert {item["count"] for item in given["smallest"]} == {4}

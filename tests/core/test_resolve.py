@@ -351,9 +351,10 @@ def test_flags_that_we_set_are_refused_under_any_name_that_means_them(flag: str,
 
 @pytest.mark.parametrize("flag", ["gpu-memory-utilization", "gpu-mem", "--kv_cache_memory_bytes", "kv-cache-mem"])
 def test_how_much_memory_vllm_takes_is_ours_to_say_but_with_memory_manual(flag: str) -> None:
+    plain = flag.lstrip("-").replace("_", "-")
     assert lines(entry(f"model: m\nargs: {{{flag}: 0.5}}")) == [
         (
-            f"f:5:12: engines.chat.args.{flag}: `{flag.lstrip('-').replace('_', '-')}` is set by sage-reconcile; use the "
+            f"f:5:12: engines.chat.args.{flag}: `{plain}` is set by sage-reconcile; use the "
             "fields `memory`, `kv_cache`, `context` and `concurrency`, or write `memory: manual`"
         )
     ]

@@ -72,6 +72,14 @@ def test_it_exits_3_where_it_does_not_fit_and_says_what_would(box: Box, model: s
     assert "alone makes it fit there" in box.run("estimate", model, "--gpu", "4GiB", expect=3)
 
 
+def test_without_a_gpu_given_it_tells_the_smallest_sets_that_hold_it(box: Box, model: str) -> None:
+    found = {item["gpu"]: item["count"] for item in asked(box, model, "--context", "32k")["smallest"]}
+    assert (found["H100-80GB"], found["L4"], found["T4"]) == (1, 2, 4)
+    text = box.run("estimate", model, "--context", "32k")
+    assert "\nIt fits on 1 x " in text
+    assert "\n        or 2 x A10, A10G, L4\n        or 4 x " in text
+
+
 def test_of_several_gpus_as_few_as_hold_it_are_taken(box: Box, model: str) -> None:
     assert asked(box, model, "--gpu", "8xRTX-4090")["tensor_parallel_size"] == 2
     assert asked(box, model, "--gpu", "8xRTX-4090", "-tp", "4")["tensor_parallel_size"] == 4
