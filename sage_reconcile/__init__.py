@@ -5,7 +5,8 @@ The way of the data, in the order in which to read it::
     host/documents.py  engines.yaml -> plain data with the place of each value
     core/resolve.py    -> Desired: every engine, defaults applied, every fault named
     host/local.py      the machine -> Observed: GPUs, what we started, what the kernel says of it
-    core/sizing.py     what an engine takes of a GPU before it was ever started (host/models.py reads the model)
+    core/sizing.py     what an engine takes of a GPU before it was ever started (host/models.py reads the model,
+                       host/hub.py asks for one that is not here)
     core/planner.py    Desired + Observed + now -> Plan: what to stop and start, where, in which order, why
     core/check.py      an independent judge of plans
     reconcile.py       one pass of all this, and the carrying out       (start reading here)

@@ -21,6 +21,7 @@ from sage_reconcile.core.resolve import values_mark
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.errors import FileFaults, SageReconcileError, StateError
 from sage_reconcile.host import files
+from sage_reconcile.host.hub import PATIENCE_S, Hub
 from sage_reconcile.host.local import LocalHost
 from sage_reconcile.host.probes import Prober
 from sage_reconcile.host.state import StateFolder
@@ -38,11 +39,14 @@ _NOT_AT_ONCE = ("kill", "reap")
 class Passes:
     """A host with all that wakes it: probes, ends of processes, times that come."""
 
-    def __init__(self, state: StateFolder, folder: Path, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, state: StateFolder, folder: Path, environ: Mapping[str, str], *, asks_hubs: bool = False
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._woken = asyncio.Event()
         self.prober = Prober(time.monotonic, self.wake_from_thread)
-        self.host = LocalHost(state, folder, environ, self.prober)
+        self.hub = Hub(environ, asks=asks_hubs, patience_s=PATIENCE_S, changed=self.wake_from_thread)
+        self.host = LocalHost(state, folder, environ, self.prober, self.hub)
         self._exits = ExitWatcher(self._loop, self._woken.set)
         self._endings = 0
 
@@ -93,6 +97,7 @@ class Passes:
         """Stops watching; whatever runs goes on running."""
         self._exits.close()
         self.prober.close()
+        self.hub.close()
 
 
 async def settle(
@@ -146,7 +151,7 @@ class Daemon:
     async def run(self) -> None:
         """Runs until SIGTERM or SIGINT. SIGHUP reads the file again and ends all back-off."""
         loop = asyncio.get_running_loop()
-        passes = Passes(self.state, self.file.parent, self.environ)
+        passes = Passes(self.state, self.file.parent, self.environ, asks_hubs=True)
         watcher = FileWatcher(self.file, lambda: self._stirred(passes))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, passes)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sage_reconcile.cli import rendering
+from sage_reconcile.cli import asking, rendering
 from sage_reconcile.core.host_spec import HostSpec
 from sage_reconcile.core.plan_text import plan_text
 from sage_reconcile.core.report import plan_document, status_document
@@ -86,7 +86,8 @@ def diff(given: Path | None, state_dir: Path | None, as_json: bool, *, allow_mov
     """``diff``."""
     path, state = file_path(given), state_folder(state_dir)
     desired = files.load(path, os.environ).desired
-    seen = look(LocalHost(state, path.parent, os.environ), desired, tried=tried(state), allow_moves=allow_moves)
+    host = LocalHost(state, path.parent, os.environ, hub=asking.hub_for(desired, path.parent))
+    seen = look(host, desired, tried=tried(state), allow_moves=allow_moves)
     if as_json:
         print(json.dumps(plan_document(seen.plan), indent=2))
     else:
@@ -110,7 +111,7 @@ def apply(given: Path | None, state_dir: Path | None, *, yes: bool, allow_moves:
     path, state = file_path(given), state_folder(state_dir)
     loaded = files.load(path, os.environ)
     daemon = _daemon_of(path, state)
-    host = LocalHost(state, path.parent, os.environ)
+    host = LocalHost(state, path.parent, os.environ, hub=asking.hub_for(loaded.desired, path.parent))
     seen = look(host, loaded.desired, tried=frozenset(), allow_moves=allow_moves)
     _other_file(path, state)
     _show_plan(seen)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import typer
 from pydantic_core import PydanticCustomError
 
-from sage_reconcile.cli import rendering
+from sage_reconcile.cli import asking, rendering
 from sage_reconcile.core.estimate import Question, estimate
 from sage_reconcile.core.gpu_models import Declared
 from sage_reconcile.core.plan_text import PART_NAMES
@@ -20,7 +18,6 @@ from sage_reconcile.core.units import printable, read_tokens, size_mib
 from sage_reconcile.core.ways import Way
 from sage_reconcile.core.workload import Workload
 from sage_reconcile.errors import UnknownModel
-from sage_reconcile.host.models import ModelReader
 
 DOES_NOT_FIT = 3
 _DTYPES = ("auto", "bfloat16", "float16", "half", "float", "float32")
@@ -69,16 +66,16 @@ def question(
     return Question(model, replace(work, kv_mib=kv_mib), kinds[0] if kinds else None, tensor_told, longest)
 
 
-def estimate_model(asked: Question, *, as_json: bool) -> int:
+def estimate_model(asked: Question, *, as_json: bool, offline: bool = False) -> int:
     """``estimate``. Ends with 0 where it fits or no GPU was given, else with 3.
 
     Raises:
-        UnknownModel: neither a folder, nor the cache, nor the name tells how large the model is.
+        UnknownModel: neither a folder, nor the cache, nor a hub, nor the name tells how large the model is.
     """
-    facts = ModelReader(Path.cwd(), os.environ).facts(asked.model)
+    facts = asking.facts_of(asked.model, offline=offline)
     document = estimate(asked, facts)
     if document is None:
-        found = f" ({facts.source}: {facts.problem})" if facts and facts.problem else ""
+        found = f" ({': '.join(filter(None, (facts.source, facts.problem)))})" if facts and facts.problem else ""
         raise UnknownModel(
             f"nothing here tells how large {printable(asked.model)} is{found}: give a folder with its config.json, "
             "download it into the Hugging Face cache (HF_HOME), or use a name that tells, such as org/Model-8B"
@@ -118,7 +115,7 @@ def _show(document: Mapping[str, Any]) -> None:
     if not document["source"]:
         print("A guess from the name: nothing of the model is here. A folder with its config.json would do.")
     if document["note"]:
-        rendering.note(f"{document['note']}; worked out from what else is known")
+        rendering.note(document["note"] + ("; worked out from what else is known" if document["source"] else ""))
 
 
 def _show_smallest(smallest: Sequence[Mapping[str, Any]]) -> None:

@@ -7,14 +7,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sage_reconcile.cli import commands, rendering
+from sage_reconcile.cli import asking, commands, rendering
 from sage_reconcile.core.explain import Explanation, Verdict, explain
 from sage_reconcile.core.plan_text import breakdown_lines, proposal_lines
 from sage_reconcile.core.report import breakdown_document, proposal_document
+from sage_reconcile.core.spec import Desired
 from sage_reconcile.core.units import printable
 from sage_reconcile.errors import NotFound
 from sage_reconcile.host import files
 from sage_reconcile.host.local import LocalHost
+from sage_reconcile.host.models import unread
 from sage_reconcile.reconcile import look
 
 VERSION = 1
@@ -31,7 +33,8 @@ def explain_name(given: Path | None, state_dir: Path | None, name: str, *, as_js
     engine = desired.engine(name.partition("/")[0])
     if engine is None:
         raise NotFound(f"there is no engine {name.partition('/')[0]!r}; {commands.engines_hint(given)}")
-    seen = look(LocalHost(state, path.parent, os.environ), desired, tried=commands.tried(state))
+    hub = asking.hub_for(Desired(desired.host, (engine,)), path.parent)
+    seen = look(LocalHost(state, path.parent, os.environ, hub=hub), desired, tried=commands.tried(state))
     found = explain(desired, seen.observed, seen.plan, name)
     if not found:
         count = engine.spec.replicas
@@ -43,6 +46,8 @@ def explain_name(given: Path | None, state_dir: Path | None, name: str, *, as_js
         for number, item in enumerate(found):
             print("\n" * bool(number), end="")
             _show(item)
+    for text in unread(Desired(desired.host, (engine,)), seen.observed.models):
+        rendering.note(text)
     return commands.UNPLACED if not all(item.placed for item in found) else 0
 
 

@@ -7,14 +7,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sage_reconcile.cli import rendering
+from sage_reconcile.cli import asking, rendering
 from sage_reconcile.core.declared import declared_gpus, declared_links
 from sage_reconcile.core.gpu_models import Declared, joined, size_text
 from sage_reconcile.core.observed import Observed
 from sage_reconcile.core.plan_text import plan_text
 from sage_reconcile.core.report import plan_document
 from sage_reconcile.host import files
-from sage_reconcile.host.models import ModelReader
+from sage_reconcile.host.models import ModelReader, unread
 from sage_reconcile.reconcile import judged
 
 UNPLACED = 3
@@ -30,11 +30,13 @@ def would_it_fit(path: Path, declared: Sequence[Declared], *, as_json: bool) -> 
         UnsafePlan: the plan failed its independent check.
     """
     desired = files.load(path, os.environ).desired
+    models = ModelReader(path.parent, os.environ, asking.hub_for(desired, path.parent)).read(desired)
     gpus = declared_gpus(declared, simulated=False)
     observed = Observed(
         gpus=gpus,
         links=declared_links(declared, gpus),
-        models=ModelReader(path.parent, os.environ).read(desired),
+        models=models,
+        problems=tuple(unread(desired, models)),
         gpu_note="GPUs that are only declared have no UUIDs to go by: name them by index",
     )
     plan = judged(desired, observed, 0.0).plan

@@ -206,11 +206,13 @@ def estimate(
         typer.Option("--gpu", help="Does it fit on this GPU? H100-80GB, 24GiB, 8xH100-80GB.", show_default=False),
     ] = None,
     longest: Annotated[bool, typer.Option("--max", help="The longest context that fits there.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Ask no hub; so does HF_HUB_OFFLINE=1.")] = False,
     output: Output = "text",
 ) -> None:
-    """Show how much of each GPU a model takes, part by part, before it is ever started. No network, no weights.
+    """Show how much of each GPU a model takes, part by part, before it is ever started.
 
-    Exits 3 where it does not fit on the GPU that is given.
+    Of a model that is not here a hub is asked for what describes it, never for weights. Exits 3 where it does not
+    fit on the GPU that is given.
     """
     from sage_reconcile.cli import estimating
     from sage_reconcile.core.weights import Parallel
@@ -228,7 +230,7 @@ def estimate(
     )
     kinds = _declared(gpu, "--gpu") if gpu is not None else ()
     asked = estimating.question(model, work, kinds, tensor_told=tensor is not None, longest=longest, kv_cache=kv_cache)
-    raise Finished(estimating.estimate_model(asked, as_json=_format(output)))
+    raise Finished(estimating.estimate_model(asked, as_json=_format(output), offline=offline))
 
 
 @app.command()

@@ -89,7 +89,7 @@ def _made_of(engine: Engine, observed: Observed, kept: Kept | None, pages: Seque
     """What its promise is made of where it runs; else what it would need of the GPU with most room."""
     if not engine.spec.gpu_count or not pages:
         return None
-    facts = observed.models.get(engine.spec.model or "")
+    facts = observed.models.get(engine.spec.model_at)
     if kept is not None:
         return made_of(engine.spec, kept.launch.memory_mib, kept.gpus[0], facts) if kept.gpus else None
     best = max(pages, key=lambda page: page.taken.free_mib)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from sage_reconcile.core.fields import host_gpus_kind, read_bind, read_declared_gpu, read_gpu_list, read_host_gpus
 from sage_reconcile.core.gpu_models import MOST, Declared
-from sage_reconcile.core.units import PortRange, SizeMib, Text, WholeNumber, fault
+from sage_reconcile.core.units import PortRange, SizeMib, Switch, Text, WholeNumber, fault
 
 
 class Strict(BaseModel):
@@ -59,6 +59,7 @@ class HostSpec(Strict):
         default="127.0.0.1", description="The address engines listen on."
     )
     concurrent_starts: WholeNumber = Field(default=8, ge=1, le=10000, description="How many start at one time.")
+    offline: Switch = Field(default=False, description="true: no hub of models is asked how large a model is.")
 
     @property
     def declared(self) -> tuple[Declared, ...]:

@@ -218,14 +218,16 @@ class Port:
 class ModelFacts:
     """What could be read of a model without loading it.
 
-    ``source`` is the folder it was read from, ``config`` what its ``config.json`` says, ``checkpoint`` what the
-    headers of its weights say; None where one could not be read, and ``problem`` tells why.
+    ``source`` is the folder it was read from, or where a hub has it; ``config`` what its ``config.json`` says,
+    ``checkpoint`` what the headers of its weights say; None where one could not be read, and ``problem`` tells why.
+    ``pending`` tells that a hub was asked just now, and that its answer is worth waiting for.
     """
 
     source: str
     config: ModelConfig | None = None
     checkpoint: Checkpoint | None = None
     problem: str = ""
+    pending: bool = False
 
 
 @dataclass(frozen=True, slots=True)

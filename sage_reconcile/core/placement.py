@@ -102,7 +102,7 @@ def books(desired: Desired, observed: Observed, leaving: frozenset[str]) -> list
 def needs(engine: Engine, book: Book, observed: Observed) -> int | None:
     """MiB that a replica of this engine needs of this GPU; None where that cannot be told."""
     headroom = book.taken.kept_back_mib - book.gpu.memory_reserved_mib
-    return promised_mib(engine.spec, book.gpu, observed.models.get(engine.spec.model or ""), headroom)
+    return promised_mib(engine.spec, book.gpu, observed.models.get(engine.spec.model_at), headroom)
 
 
 class _Placing:
@@ -237,7 +237,7 @@ class _Placing:
             for book in self.books
             if pinned(engine, book.gpu) and not book.gpu.problem
         ]
-        return nearest_ways(engine.spec, usable, self.observed.models.get(engine.spec.model or ""))
+        return nearest_ways(engine.spec, usable, self.observed.models.get(engine.spec.model_at))
 
     def _reason(self, engine: Engine, *, proven: bool) -> str:
         needs = [self._need(engine, book) or 0 for book in self.books]
@@ -250,7 +250,7 @@ def breakdown(engine: Engine, placement: Placement, observed: Observed) -> Break
     if not placement.gpus:
         return None
     smallest = min(placement.gpus, key=lambda gpu: gpu.memory_total_mib)
-    facts = observed.models.get(engine.spec.model or "")
+    facts = observed.models.get(engine.spec.model_at)
     return made_of(engine.spec, placement.memory_mib, smallest, facts)
 
 

@@ -59,7 +59,9 @@ class _Planner:
         moves = in_order(self._moves(results), self.desired)
         for launch, differences in standing.drifted.values():
             cause = "changed: " + ", ".join(change.field for change in differences)
-            standing.actions.append(end("stop", launch, cause, StopCause.CHANGED, differences=differences))
+            waits_for = self._untold(launch.engine_name)
+            stop = end("stop", launch, cause, StopCause.CHANGED, differences=differences, waits_for=waits_for)
+            standing.actions.append(stop)
         for launch, cause in self.displaced.values():
             standing.actions.append(end("stop", launch, cause, StopCause.DISPLACED))
         for move in moves:
@@ -237,6 +239,13 @@ class _Planner:
         self.standing.waiting += sorted(lanes.late)
         return actions, unplaced
 
+    def _untold(self, engine_name: str) -> str:
+        """What a start, and the end that comes before it, waits for where the memory it needs is about to be known."""
+        engine = self.desired.engine(engine_name)
+        asks = engine if engine is not None and engine.spec.memory.kind == "auto" else None
+        facts = self.observed.models.get(asks.spec.model_at) if asks else None
+        return "what the hub tells of its model" if facts and facts.pending else ""
+
     def _stop_moved(self, move: Move, after: tuple[str, ...] = ()) -> Action:
         cause = f"makes room for {self.room_for}"
         return end("stop", move.launch, cause, StopCause.MOVED, after=after, goes_to=move.to_gpus)
@@ -254,6 +263,8 @@ class _Planner:
         if not_before is not None:
             waiting = (*waiting, f"its back-off ({failed_before} failed in a row)")
         held_back = not_before is not None or (self.tried is not None and replica in self.tried)
+        if untold := self._untold(request.engine.name):
+            waiting, held_back = (*waiting, untold), True
         if held_back and not waiting:
             waiting = ("the next `apply`, since it was tried just now",)
         action = Action(

@@ -109,6 +109,12 @@ class EngineSpec(Strict):
     stop_timeout: Seconds = Field(default=30.0, ge=0, description="How long it may take to end after SIGTERM.")
 
     @property
+    def model_at(self) -> str:
+        """The model, and the revision of it where ``args`` name one: by this it is known what was read of it."""
+        revision = self.args.get("revision")
+        return f"{self.model or ''}@{revision}" if revision else self.model or ""
+
+    @property
     def gpu_count(self) -> int:
         """GPUs that one replica takes: tensor × pipeline × data parallel; 0 on CPU."""
         ranks = self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size

@@ -23,8 +23,9 @@ from sage_reconcile.core.spec import Desired, EngineSpec
 from sage_reconcile.errors import PortTaken, SpawnError, StateError
 from sage_reconcile.host import logs, observe, ports, processes
 from sage_reconcile.host.gpus import NvmlInventory
+from sage_reconcile.host.hub import Hub
 from sage_reconcile.host.links import LinkReader
-from sage_reconcile.host.models import ModelReader
+from sage_reconcile.host.models import ModelReader, unread
 from sage_reconcile.host.observe import Found
 from sage_reconcile.host.probes import Prober, Target, ask_once, loopback
 from sage_reconcile.host.processes import ProcessId
@@ -42,7 +43,12 @@ class LocalHost:
     """
 
     def __init__(
-        self, state: StateFolder, folder: Path, environ: Mapping[str, str], prober: Prober | None = None
+        self,
+        state: StateFolder,
+        folder: Path,
+        environ: Mapping[str, str],
+        prober: Prober | None = None,
+        hub: Hub | None = None,
     ) -> None:
         self.state = state
         self.folder = folder
@@ -55,7 +61,7 @@ class LocalHost:
         self._found: dict[str, Found] = {}
         self._logs: list[Path] = []
         self._found_bound: set[int] = set()
-        self._models = ModelReader(folder, environ)
+        self._models = ModelReader(folder, environ, hub)
 
     @property
     def writes(self) -> bool:
@@ -88,15 +94,16 @@ class LocalHost:
         if self.writes:
             for record in records:
                 self._note(record, found[record.id], record.id in ready, now)
+        models = self._models.read(desired)
         return Observed(
             gpus=tuple(self._owned(gpu, records) for gpu in gpus),
             launches=tuple(launches),
             ports=self._ports(desired, launches),
-            models=self._models.read(desired),
+            models=models,
             gpu_note=note,
             links=links,
             nvlink_counts=self._links.nvlink_counts,
-            problems=tuple(problems),
+            problems=(*problems, *unread(desired, models)),
         )
 
     def _ports(self, desired: Desired, launches: Iterable[Launch]) -> tuple[Port, ...]:

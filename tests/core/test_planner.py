@@ -9,7 +9,7 @@ import yaml
 
 from sage_reconcile.core.check import check_plan
 from sage_reconcile.core.lifecycle import StopCause
-from sage_reconcile.core.observed import GpuProcess
+from sage_reconcile.core.observed import GpuProcess, ModelFacts
 from sage_reconcile.core.plan import Action, Plan
 from sage_reconcile.core.planner import make_plan
 from tests.plans.world import NOW, world
@@ -283,3 +283,48 @@ def test_a_start_comes_after_the_end_of_what_holds_its_memory_wherever_that_was_
         ("stop", ()),
         ("spawn", (plan.actions[0].id,)),
     ]
+
+
+TOLD = "what the hub tells of its model"
+AUTO = "version: 1\nengines:\n  chat: {model: org/m-7B}\n"
+
+
+def with_models(file: str, **models: ModelFacts) -> Plan:
+    """The plan for one empty GPU, and for the models by the engines that have them."""
+    wanted = desired(file)
+    known = {engine.spec.model_at: models[engine.name] for engine in wanted.engines if engine.name in models}
+    observed = replace(world({"gpus": ["H100 80GiB"], "launches": []}, wanted, NOW), models=known)
+    found = make_plan(wanted, observed, NOW)
+    assert check_plan(wanted, observed, found) == []
+    return found
+
+
+def test_a_start_waits_for_what_a_hub_is_about_to_tell_and_no_other_does() -> None:
+    found = with_models(f"{AUTO}  more: {{model: n, memory: 9GiB}}\n", chat=ModelFacts("", pending=True))
+    assert {action.id: action.waits_for for action in found.actions} == {"spawn chat/0": TOLD, "spawn more/0": ""}
+    assert [action.id for action in found.actions if action.now] == ["spawn more/0"]
+    sized = with_models(f"{AUTO}  more: {{model: org/m-7B, memory: 9GiB}}\n", chat=ModelFacts("", pending=True))
+    assert [action.id for action in sized.actions if action.now] == ["spawn more/0"], "its size is told by the file"
+    found = with_models(AUTO, chat=ModelFacts("", problem="it is gated"))
+    assert only(found).now, "what is not told is guessed from the name"
+
+
+def test_what_runs_does_not_end_before_the_hub_has_told_what_its_new_model_takes() -> None:
+    running = {"run": "chat/0", "gpu": 0, "port": 8000, "age": "1h"}
+    observed = world({"gpus": ["H100 80GiB"], "launches": [running]}, desired(FILE), NOW)
+    told = ModelFacts("", problem="it is gated")
+    for facts, waits_for, now in ((ModelFacts("", pending=True), TOLD, []), (told, "", ["stop chat/0"])):
+        seen = replace(observed, models={"org/m-7B": facts})
+        found = make_plan(desired(AUTO), seen, NOW)
+        assert check_plan(desired(AUTO), seen, found) == []
+        assert [(action.kind, action.waits_for) for action in found.actions] == [
+            ("stop", waits_for),
+            ("spawn", waits_for),
+        ]
+        assert [f"{action.kind} {action.replica}" for action in found.actions if action.now] == now
+
+
+def test_what_is_known_of_one_revision_is_not_said_of_another() -> None:
+    file = "version: 1\nengines:\n  a: {model: org/m-7B, args: {revision: v2}}\n  b: {model: org/m-7B}\n"
+    found = with_models(file, a=ModelFacts("", pending=True))
+    assert {action.replica: action.waits_for for action in found.actions} == {"a/0": TOLD, "b/0": ""}

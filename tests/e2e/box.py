@@ -32,6 +32,7 @@ class Box:
             "SAGE_RECONCILE_STATE_DIR": str(self.state),
             "PYTHONPATH": str(REPOSITORY),
             "NO_COLOR": "1",
+            "HF_HUB_OFFLINE": "1",
         }
         self.daemons: list[subprocess.Popen[bytes]] = []
         self._seen: set[str] = set()

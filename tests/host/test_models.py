@@ -179,6 +179,22 @@ def test_the_cache_tells_of_what_was_downloaded(folder: Path, tmp_path: Path) ->
     assert reader(folder, HF_HUB_CACHE=str(hub)).facts("org/name") is None, "which of the two is not told"
 
 
+def test_the_cache_holds_revisions_apart(folder: Path, tmp_path: Path) -> None:
+    hub = tmp_path / "hub"
+    cached(hub)
+    older = cached(hub, "def", main=False)
+    (hub / "models--org--name/refs/v1").write_text("def")
+    one = reader(folder, HF_HUB_CACHE=str(hub))
+    sources = {name: found.source for name in ("v1", "def") if (found := one.facts("org/name", revision=name))}
+    assert sources == {"v1": str(older), "def": str(older)}
+    assert one.facts("org/name", revision="v2") is None
+    wanted = desired(
+        "version: 1\nengines: {a: {model: org/name, args: {revision: v1}}, b: {model: org/name, args: {revision: v2}},"
+        " c: {model: org/name}}"
+    )
+    assert set(one.read(wanted)) == {"org/name@v1", "org/name"}
+
+
 def test_one_snapshot_without_a_name_is_the_one(folder: Path, tmp_path: Path) -> None:
     cached(tmp_path / "hub", main=False)
     assert reader(folder, HF_HUB_CACHE=str(tmp_path / "hub")).facts("org/name") is not None
