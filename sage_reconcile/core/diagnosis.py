@@ -116,7 +116,7 @@ def _refused_value(lines: Sequence[str], started: Started) -> Failure | None:
         if match := re.search(r"derived max_model_len \(max_position_embeddings=(\d+)", told):
             most = int(match[1])
             return Failure(
-                FailureKind.WRONG_FLAG, told, f"write `max-model-len: {most}` or less in `args`", context_tokens=most
+                FailureKind.WRONG_FLAG, told, f"write {_context(started, most)} or less", context_tokens=most
             )
         where = re.search(r"(tensor|pipeline|data)[ _]parallel[ _]size", told)
         field_name = f"`{where[1]}_parallel_size`" if where else f"the entry: `{started.where_flags_are}`"
@@ -127,11 +127,13 @@ def _refused_value(lines: Sequence[str], started: Started) -> Failure | None:
 def _too_little_free(match: re.Match[str], started: Started, _lines: Sequence[str]) -> Failure:
     free, desired = float(match["free"]), float(match["desired"])
     if started.on_cpu or match[0].startswith("Available"):
-        fix = "write the size of the KV cache (`kv-cache-memory-bytes` in `args`), or end what else uses host memory"
+        size = "`kv-cache-memory-bytes` in `args`" if started.manual else "`kv_cache`"
+        fix = f"write the size of the KV cache ({size}), or end what else uses host memory"
         return Failure(FailureKind.TOO_LITTLE_FREE, match[0], fix)
-    fits = started.memory_mib - _up_mib(desired - free + _ROUNDED_GIB) if started.memory_mib else 0
+    fits = 0 if started.manual else started.memory_mib - _up_mib(desired - free + _ROUNDED_GIB)
     told = f"{free:g}GiB of the GPU were free and {desired:g}GiB asked for"
-    fix = f"{told}: free memory there" + (f", or write `memory: {fits}MiB`" if fits > 0 else "")
+    less = "less `gpu-memory-utilization` in `args`" if started.manual else f"`memory: {fits}MiB`"
+    fix = f"{told}: free memory there" + (f", or write {less}" if fits > 0 or started.manual else "")
     return Failure(FailureKind.TOO_LITTLE_FREE, match[0], fix, memory_mib=fits if fits > 0 else None)
 
 
@@ -142,18 +144,21 @@ def _kv_cache_too_small(match: re.Match[str], started: Started, _lines: Sequence
     kv_mib = _up_mib(need)
     # both numbers are rounded, and the share that vLLM is told is rounded down: 1 MiB for that
     more = started.memory_mib + _up_mib(need - available + _ROUNDED_GIB) + 1
-    promised = more if started.memory_mib and "kv-cache-memory-bytes" not in started.args else None
-    fix = f"write {_more_kv(started, kv_mib, promised)}"
-    fix += f", or `max-model-len: {context}` in `args`" if context else ", or a smaller `max-model-len` in `args`"
+    promised = None if started.manual or started.sized or not started.memory_mib else more
+    fix = f"write {_more_kv(started, kv_mib, promised)}, or "
+    fix += _context(started, context) if context else "a shorter context"
     return Failure(FailureKind.KV_CACHE_TOO_SMALL, match[0], fix, promised, kv_mib, context)
 
 
 def _more_kv(started: Started, kv_mib: int, memory_mib: int | None) -> str:
     if memory_mib is not None:
         return f"`memory: {memory_mib}MiB`"
-    if started.on_cpu and "kv-cache-memory-bytes" not in started.args:
-        return f"`VLLM_CPU_KVCACHE_SPACE: '{-(-kv_mib // 1024)}'` in `env`"
-    return f"`kv-cache-memory-bytes: {kv_mib}M` in `args`"
+    return f"`kv-cache-memory-bytes: {kv_mib}M` in `args`" if started.manual else f"`kv_cache: {kv_mib}MiB`"
+
+
+def _context(started: Started, tokens: int) -> str:
+    in_args = "max-model-len" in started.args
+    return f"`max-model-len: {tokens}` in `args`" if in_args else f"`context: {tokens}`"
 
 
 def _no_kv_cache(match: re.Match[str], started: Started, lines: Sequence[str]) -> Failure:
@@ -161,26 +166,28 @@ def _no_kv_cache(match: re.Match[str], started: Started, lines: Sequence[str]) -
     told = [
         float(found[1]) for line in lines if (found := re.search(r"KV [Cc]ache(?: memory: | is )(-[\d.]+) ?GiB", line))
     ]
-    least = started.memory_mib + _up_mib(-min(told)) + 1 if told and started.memory_mib else None
+    least = None
+    if told and started.memory_mib and not started.manual:
+        least = started.memory_mib + _up_mib(-min(told)) + 1
     if least is not None:
         fix = f"write more than `memory: {least}MiB`: with that the model fits, and the KV cache comes on top"
-    elif started.on_cpu or "kv-cache-memory-bytes" in started.args:
-        fix = "write a larger `kv-cache-memory-bytes` in `args`"
+    elif started.manual:
+        fix = "write a larger `kv-cache-memory-bytes` or `gpu-memory-utilization` in `args`"
     else:
-        fix = "write more `memory`"
+        fix = "write a larger `kv_cache`" if started.on_cpu or started.sized else "write more `memory`"
     return Failure(FailureKind.NO_KV_CACHE, match[0], fix, least)
 
 
-def _short_kv_cache(match: re.Match[str], _started: Started, _lines: Sequence[str]) -> Failure:
+def _short_kv_cache(match: re.Match[str], started: Started, _lines: Sequence[str]) -> Failure:
     """Before 0.9: tokens are told, and no bytes."""
     fits = int(match["fits"])
-    fix = f"write more `memory`, or `max-model-len: {fits}` in `args`"
+    fix = f"write more `memory`, or {_context(started, fits)}"
     return Failure(FailureKind.KV_CACHE_TOO_SMALL, match[0], fix, context_tokens=fits)
 
 
-def _cpu_kv_cache(match: re.Match[str], _started: Started, _lines: Sequence[str]) -> Failure:
+def _cpu_kv_cache(match: re.Match[str], started: Started, _lines: Sequence[str]) -> Failure:
     fits = math.floor((float(match["free"]) - _ROUNDED_GIB) * 1024)
-    fix = f"write `kv-cache-memory-bytes: {fits}M` or less in `args`, or end what else uses host memory"
+    fix = f"write {_more_kv(started, fits, None)} or less, or end what else uses host memory"
     return Failure(FailureKind.TOO_LITTLE_FREE, match[0], fix, kv_cache_mib=fits)
 
 
@@ -189,7 +196,7 @@ def _out_of_memory(match: re.Match[str], started: Started, _lines: Sequence[str]
     told = re.search(r"Tried to allocate ([\d.]+) (\w+)\b.*this process has ([\d.]+) (\w+) memory in use", match.string)
     least = math.ceil(_in_mib(told[1], told[2]) + _in_mib(told[3], told[4])) if told else None
     smaller = "a smaller `max-num-seqs` or `max-num-batched-tokens`, or `enforce-eager: true`, in `args`"
-    if least is not None and started.memory_mib and least > started.memory_mib:
+    if least is not None and started.memory_mib and least > started.memory_mib and not started.manual:
         return Failure(FailureKind.OUT_OF_MEMORY, match[0], f"write `memory: {least}MiB` or more, or {smaller}", least)
     return Failure(FailureKind.OUT_OF_MEMORY, match[0], f"free memory of the GPU, or write {smaller}")
 

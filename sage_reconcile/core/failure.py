@@ -75,6 +75,16 @@ class Started:
         return args if isinstance(args, Mapping) else {}
 
     @property
+    def manual(self) -> bool:
+        """Whether its flags say what memory it takes."""
+        return self.spec.get("memory") == "manual"
+
+    @property
+    def sized(self) -> bool:
+        """Whether its entry says how large the KV cache is."""
+        return self.spec.get("kv_cache") is not None
+
+    @property
     def on_cpu(self) -> bool:
         """Whether it sees no GPU."""
         return self.spec.get("device") == "cpu"

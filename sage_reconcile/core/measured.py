@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 
 from sage_reconcile.core.startup_figures import StartupFigures
 
-_FIELDS = ("runtime", "device", "model", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+_FIELDS = (
+    *("runtime", "device", "model", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
+    *("context", "kv_cache"),
+)
 _IDLE_FLAGS = {
     *("access-log", "allow-credentials", "allowed-headers", "allowed-media-domains", "allowed-methods"),
     *("allowed-origins", "chat-template", "chat-template-content-format", "default-chat-template-kwargs"),

@@ -14,6 +14,7 @@ from sage_reconcile.core.failure import Failure, FailureKind, Started
 LOGS = Path(__file__).parent / "data"
 ON_CPU = Started({"model": "/models/tiny", "device": "cpu", "args": {}}, 0, 8000)
 ON_GPU = Started({"model": "org/model", "device": "cuda", "args": {}}, 20000, 8000)
+MANUAL = Started({"device": "cuda", "memory": "manual", "args": {"kv-cache-memory-bytes": "3G"}}, 20000, 8000)
 
 KV_TOO_SMALL = (
     "(EngineCore_DP0 pid=1094) ERROR 02-08 10:00:00 [core.py:946] ValueError: To serve at least one request with the "
@@ -57,19 +58,19 @@ def said(*lines: str, code: int = 1, started: Started = ON_GPU) -> Failure:
          "Total number of attention heads (2) must be divisible by tensor parallel size (3).",
          "correct `tensor_parallel_size`"),
         ("vllm_context_too_long", 1, FailureKind.WRONG_FLAG, "User-specified max_model_len (999999) is greater than",
-         "write `max-model-len: 512` or less in `args`"),
+         "write `context: 512` or less"),
         ("vllm_missing_model", 1, FailureKind.MODEL_NOT_FOUND, "huggingface_hub.errors.HFValidationError: Repo id must be",
          "`model: /models/tiny` is neither a folder here nor a name"),
         ("vllm_model_not_cached", 1, FailureKind.MODEL_NOT_FOUND, "huggingface_hub.errors.LocalEntryNotFoundError: Cannot",
          "`model: /models/tiny` is neither a folder here nor a name"),
         ("vllm_port_taken", 1, FailureKind.PORT_TAKEN, "OSError: [Errno 98] Address already in use", "port 8000"),
         ("vllm_no_kv_cache", 1, FailureKind.NO_KV_CACHE, "No available memory for the cache blocks",
-         "write a larger `kv-cache-memory-bytes` in `args`"),
+         "write a larger `kv_cache`"),
         ("vllm_cpu_too_little_free", 1, FailureKind.TOO_LITTLE_FREE,
          "Available memory on node 0 (6.64/8.09 GiB) on startup is less than desired CPU memory utilization (0.99, 8.01 GiB)",
-         "write the size of the KV cache (`kv-cache-memory-bytes` in `args`)"),
+         "write the size of the KV cache (`kv_cache`)"),
         ("vllm_cpu_kv_cache_too_large", 1, FailureKind.TOO_LITTLE_FREE, "Available memory on node 0 (6.66/8.09 GiB) on kv",
-         "write `kv-cache-memory-bytes: 6814M` or less in `args`"),
+         "write `kv_cache: 6814MiB` or less"),
     ],
 )  # fmt: skip
 def test_a_real_failed_start_is_told_by_class_line_and_fix(
@@ -87,9 +88,9 @@ def test_a_real_kv_cache_that_is_too_small_tells_what_would_do() -> None:
     assert failure.kind is FailureKind.KV_CACHE_TOO_SMALL
     # 65536 tokens of 512 bytes are 32 MiB, which vLLM rounds to 0.03 GiB: what is told must be enough all the same
     assert (failure.memory_mib, failure.kv_cache_mib, failure.context_tokens) == (None, 36, 32640)
-    assert failure.fix == "write `VLLM_CPU_KVCACHE_SPACE: '1'` in `env`, or `max-model-len: 32640` in `args`"
-    pinned = Started({"device": "cpu", "args": {"kv-cache-memory-bytes": "16M"}}, 0, 8000)
-    assert real("vllm_kv_cache_too_small", 1, pinned).fix.startswith("write `kv-cache-memory-bytes: 36M` in `args`, or")
+    assert failure.fix == "write `kv_cache: 36MiB`, or `context: 32640`"
+    told = real("vllm_kv_cache_too_small", 1, MANUAL)
+    assert told.fix == "write `kv-cache-memory-bytes: 36M` in `args`, or `context: 32640`"
 
 
 def test_a_kv_cache_that_is_too_small_tells_the_promise_that_would_do() -> None:
@@ -97,7 +98,9 @@ def test_a_kv_cache_that_is_too_small_tells_the_promise_that_would_do() -> None:
     # 24.0 and 3.18 are rounded, each by 0.005 GiB at the most, and the utilisation by less than 1 MiB
     assert failure.memory_mib == 20000 + 21330 + 1
     assert failure.context_tokens == 34736
-    assert failure.fix == "write `memory: 41331MiB`, or `max-model-len: 34736` in `args`"
+    assert failure.fix == "write `memory: 41331MiB`, or `context: 34736`"
+    in_args = Started({"device": "cuda", "args": {"max-model-len": 262144}}, 20000, 8000)
+    assert said(KV_TOO_SMALL, started=in_args).fix == "write `memory: 41331MiB`, or `max-model-len: 34736` in `args`"
     assert not failure.can_recover
     assert failure.line.startswith("To serve at least one request with the models's max seq len (262144), (24.0 GiB")
     assert failure.summary() == f"KV cache too small: {failure.fix}"
@@ -110,11 +113,24 @@ def test_the_rank_that_lacks_most_decides() -> None:
         assert (failure.memory_mib, failure.context_tokens) == (20000 + 22436 + 1, 20000)
 
 
-def test_a_pinned_kv_cache_is_to_be_larger_and_not_the_promise() -> None:
-    pinned = Started({"device": "cuda", "args": {"kv-cache-memory-bytes": "3G"}}, 20000, 8000)
-    failure = said(KV_TOO_SMALL, started=pinned)
-    assert failure.memory_mib is None
-    assert failure.fix.startswith("write `kv-cache-memory-bytes: 24582M` in `args`, or")
+def test_a_kv_cache_whose_size_is_said_is_to_be_larger_and_not_the_promise() -> None:
+    sized = Started({"device": "cuda", "memory": "auto", "kv_cache": 3072, "args": {}}, 20000, 8000)
+    for started, fix in ((sized, "`kv_cache: 24582MiB`"), (MANUAL, "`kv-cache-memory-bytes: 24582M` in `args`")):
+        failure = said(KV_TOO_SMALL, started=started)
+        assert (failure.memory_mib, failure.kv_cache_mib) == (None, 24582)
+        assert failure.fix == f"write {fix}, or `context: 34736`"
+
+
+def test_where_the_flags_size_it_no_promise_is_told() -> None:
+    assert said(TOO_LITTLE_FREE, started=MANUAL).memory_mib is None
+    assert "less `gpu-memory-utilization` in `args`" in said(TOO_LITTLE_FREE, started=MANUAL).fix
+    assert said(OOM, started=MANUAL).memory_mib is None
+    nothing = (
+        "INFO [x.py:1] Available KV cache memory: -1.0 GiB",
+        "ValueError: No available memory for the cache blocks",
+    )
+    assert said(*nothing, started=MANUAL).fix.startswith("write a larger `kv-cache-memory-bytes` or")
+    assert said(*nothing).memory_mib == 20000 + 1030 + 1
 
 
 def test_before_bytes_were_told_the_context_that_fits_is() -> None:
@@ -123,7 +139,7 @@ def test_before_bytes_were_told_the_context_that_fits_is() -> None:
         "KV cache (13360). Try increasing `gpu_memory_utilization` or decreasing `max_model_len` when initializing."
     )
     assert (failure.kind, failure.context_tokens) == (FailureKind.KV_CACHE_TOO_SMALL, 13360)
-    assert "`max-model-len: 13360`" in failure.fix
+    assert failure.fix == "write more `memory`, or `context: 13360`"
 
 
 def test_too_little_free_tells_what_would_fit_now() -> None:

@@ -55,6 +55,8 @@ def test_what_memory_does_not_depend_on_does_not_matter(more: str) -> None:
         "data_parallel_size: 2",
         "runtime: simulator",
         "device: cpu",
+        "context: 4096",
+        "kv_cache: 4GiB",
         "args: {max-num-seqs: 8}",
         "args: {never-heard-of: 1}",
         "args: {enforce-eager: true}",

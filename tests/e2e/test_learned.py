@@ -64,7 +64,7 @@ def test_a_pinned_cache_is_held_and_nothing_that_was_measured_is_forgotten(box: 
     box.run("apply", "--yes")
     pin = measured(box).figures.pin_kv_cache_bytes
     assert pin
-    box.write(entry("12GiB", f"kv-cache-memory-bytes: {pin}"))
+    box.write(entry("manual", f"kv-cache-memory-bytes: {pin}, gpu-memory-utilization: 0.2"))
     box.run("apply", "--yes")
     # the flag makes it another kind of start: both are known
     by_starts = {item.kv_tokens: item for item in Learned(box.state / "measured.json").read().values()}

@@ -25,9 +25,9 @@ def _python() -> Path:
 
 
 def entry(python: Path, model: Path, args: str = "") -> str:
-    flags = "load-format: dummy, max-model-len: 256, enforce-eager: true, kv-cache-memory-bytes: 16M"
+    flags = "load-format: dummy, max-model-len: 256, enforce-eager: true"
     return (
-        f"tiny: {{model: {model}, device: cpu, python: {python}, startup_timeout: 5m, "
+        f"tiny: {{model: {model}, device: cpu, python: {python}, startup_timeout: 5m, kv_cache: 16MiB, "
         f"env: {{HF_HUB_OFFLINE: '1', VLLM_NO_USAGE_STATS: '1', VLLM_API_KEY: '${{KEY:-none}}'}}, "
         f"args: {{{flags}{args}}}}}"
     )
@@ -111,20 +111,17 @@ def test_a_bad_flag_ends_apply_with_vllms_own_words(box: Box, python: Path) -> N
 def sized(box: Box, python: Path, kv_cache: str, context: int) -> None:
     """The tiny model with that KV cache, made for contexts that long."""
     model = vllm_cpu.tiny_model(box.folder / "model")
-    overrides = "hf-overrides: {max_position_embeddings: 65536}"
-    env, flag = (
-        ("VLLM_CPU_KVCACHE_SPACE: '1', ", "") if kv_cache == "1" else ("", f"kv-cache-memory-bytes: {kv_cache}, ")
-    )
+    size, variable = (f"kv_cache: {kv_cache}, ", "") if kv_cache else ("", "VLLM_CPU_KVCACHE_SPACE: '1', ")
     box.write(
-        f"tiny: {{model: {model}, device: cpu, python: {python}, startup_timeout: 5m, "
-        f"env: {{{env}HF_HUB_OFFLINE: '1', VLLM_NO_USAGE_STATS: '1'}}, "
-        f"args: {{{flag}load-format: dummy, enforce-eager: true, max-model-len: {context}, {overrides}}}}}",
+        f"tiny: {{model: {model}, device: cpu, python: {python}, startup_timeout: 5m, context: {context}, {size}"
+        f"env: {{{variable}HF_HUB_OFFLINE: '1', VLLM_NO_USAGE_STATS: '1'}}, "
+        "args: {load-format: dummy, enforce-eager: true, hf-overrides: {max_position_embeddings: 65536}}}",
         host="gpus: none",
     )
 
 
 def test_the_kv_cache_it_reports_is_what_it_was_told_and_is_kept(box: Box, python: Path) -> None:
-    sized(box, python, "1", 256)
+    sized(box, python, "", 256)
     box.run("apply", "--yes")
     [found] = Learned(box.state / "measured.json").read().values()
     assert (found.vllm_version, found.starts, found.held_mib) == (vllm_cpu.VLLM_VERSION, 1, None)
@@ -139,16 +136,15 @@ def test_the_kv_cache_it_reports_is_what_it_was_told_and_is_kept(box: Box, pytho
 
 
 def test_a_start_that_cannot_fit_says_the_number_that_would_and_it_does(box: Box, python: Path) -> None:
-    sized(box, python, "16M", 65536)
+    sized(box, python, "16MiB", 65536)
     text = box.run("apply", "--yes", expect=1)
     told = box.replicas()["tiny/0"]["failure"]
     assert told["class"] == "KV cache too small"
-    fix = f"write `kv-cache-memory-bytes: {told['kv_cache_mib']}M` in `args`, or `max-model-len: "
-    assert fix in text
-    sized(box, python, f"{told['kv_cache_mib']}M", 65536)
+    assert f"write `kv_cache: {told['kv_cache_mib']}MiB`, or `context: {told['context_tokens']}`" in text
+    sized(box, python, f"{told['kv_cache_mib']}MiB", 65536)
     box.run("apply", "--yes")
     assert complete(box.replicas()["tiny/0"]["port"]) == "length"
-    sized(box, python, "16M", told["context_tokens"])
+    sized(box, python, "16MiB", told["context_tokens"])
     box.run("apply", "--yes")
     [tokens] = {record["kv_tokens"] for record in box.records() if not record["ended"]}
     assert tokens == 32768
