@@ -39,6 +39,7 @@ def look_up(entry: Engine, *items: Measured, gpu: str = "H100", version: str | N
         "served_model_name: other",
         "startup_timeout: 1h",
         "args: {seed: 3, uvicorn-log-level: debug, disable-log-requests: true}",
+        "args: {simulate-load-seconds: 2, simulate-token-ms: 5}",
         "env: {HF_TOKEN: abc, VLLM_API_KEY: def}",
     ],
 )
@@ -59,6 +60,7 @@ def test_what_memory_does_not_depend_on_does_not_matter(more: str) -> None:
         "kv_cache: 4GiB",
         "args: {max-num-seqs: 8}",
         "args: {never-heard-of: 1}",
+        "args: {simulate-weights-mib: 100}",
         "args: {enforce-eager: true}",
         "env: {VLLM_ATTENTION_BACKEND: FLASHINFER}",
     ],

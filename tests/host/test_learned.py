@@ -258,6 +258,7 @@ def test_the_most_held_on_one_gpu_counts() -> None:
     assert held_mib("1a", gpus) == 12
     assert held_mib("2b", gpus) == 100  # of a GPU where one is not told, nothing is known
     assert held_mib("3c", gpus) is None
+    assert held_mib("4d", [gpu("GPU-a", ("4d", None), ("4d", 9))]) is None
 
 
 def engine(more: str, **environ: str) -> Engine:
@@ -295,11 +296,11 @@ def test_hidden_values_are_marked_and_a_changed_one_makes_another(kept: Kept) ->
 
 def test_no_secret_is_told_with_a_failure(kept: Kept) -> None:
     log = (
-        "ValueError: Unknown quantization method: wonder-quant, token hf_abcdef123456, for 64 of 640 and inherited0123"
+        "ValueError: Unknown quantization method: wonder-quant, token=hf_abcdef123456x, for 64 of 640 and inherited0123"
     )
     launch, entry = hiding(kept, log)
     failure = why_it_failed(launch, 1, set(), entry, {"MY_API_KEY": "inherited0123", "MY_KEY": "of"})
-    assert failure.line == "ValueError: Unknown quantization method: ***, token ***, for *** of 640 and ***"
+    assert failure.line == "ValueError: Unknown quantization method: ***, token=***x, for *** of 640 and ***"
 
 
 def test_where_hidden_values_are_not_known_any_more_nothing_is_quoted(kept: Kept) -> None:
