@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import time
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -34,6 +35,7 @@ _GROWN_MIB = 16
 """So much more is held before it is written again."""
 _LOG_BYTES = 1 << 20
 _LOG_LINES = 20_000
+_KILLED_HERE = "the kernel killed a process for want of memory in this cgroup while it ran"
 _SECRET_NAMES = re.compile(r"TOKEN|KEY|SECRET|PASSW", re.IGNORECASE)
 _T = TypeVar("_T", Measured, StartupFigures, Failure)
 
@@ -198,10 +200,11 @@ def why_it_failed(
     from sage_reconcile.core.diagnosis import diagnose  # noqa: PLC0415 - 3 ms of every start, and wanted seldom
 
     lines = logs.tail(Path(record.log_path), _LOG_LINES, _LOG_BYTES) if record.log_path else []
-    evidence = oom.killed(members)
-    if not evidence and code == 137 and oom.kills() > record.oom_kills:
-        evidence = "the kernel killed a process for want of memory in this cgroup while it ran"
-    failure = diagnose(code, lines, Started(record.spec, record.memory_mib, record.port), oom_kill=evidence)
+    started = Started(record.spec, record.memory_mib, record.port)
+    since_s = time.monotonic() - (time.time() - record.created_at) - 1
+    failure = diagnose(code, lines, started, oom_kill=oom.killed(members, since_s))
+    if failure.kind in (FailureKind.KILLED, FailureKind.UNKNOWN) and oom.kills() > record.oom_kills:
+        failure = diagnose(code, lines, started, oom_kill=_KILLED_HERE)
     hidden = _hidden(record, engine)
     if hidden is None:
         fix = "correct `args`" if failure.kind is FailureKind.WRONG_FLAG else failure.fix

@@ -9,11 +9,22 @@ from pathlib import Path
 
 _KMSG = Path("/dev/kmsg")
 _MOST_LINES = 100_000
-_KILLED = re.compile(r"(?:Out of memory|[Mm]emory cgroup out of memory): Killed process (\d+) \(")
+_FIRST_NAMESPACE = 0xEFFFFFFC
+"""The inode of the pid namespace in which the machine started (``PROC_PID_INIT_INO``)."""
+_KILLED = re.compile(
+    r"^\d+,\d+,(?P<at>\d+),[^;]*;"
+    r"(?P<said>(?:Out of memory|Memory cgroup out of memory): Killed process (?P<pid>\d+) \(.*)"
+)
 
 
-def killed(pids: Collection[int], kmsg: Path = _KMSG) -> str:
-    """The kernel's line about one of these that it killed for want of memory; empty where it tells of none."""
+def killed(pids: Collection[int], since_s: float = 0.0, kmsg: Path = _KMSG) -> str:
+    """The kernel's line about one of these that it killed for want of memory; empty where it tells of none.
+
+    Lines from before ``since_s`` (seconds since boot) are about others that had these pids. In a container the kernel
+    speaks of the host's pids, which say nothing here.
+    """
+    if kmsg == _KMSG and not _pids_are_the_kernels():
+        return ""
     try:
         descriptor = os.open(kmsg, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -29,13 +40,20 @@ def killed(pids: Collection[int], kmsg: Path = _KMSG) -> str:
                 break
             for line in record.decode("utf-8", errors="replace").split("\n"):
                 match = _KILLED.search(line)
-                if match and int(match[1]) in pids:
-                    found = line.partition(";")[2] or line
+                if match and int(match["pid"]) in pids and int(match["at"]) >= since_s * 1e6:
+                    found = match["said"]
     except OSError:  # BlockingIOError: that was the last
         pass
     finally:
         os.close(descriptor)
     return found
+
+
+def _pids_are_the_kernels() -> bool:
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino == _FIRST_NAMESPACE
+    except OSError:
+        return False
 
 
 def kills(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -328,12 +329,15 @@ def test_the_kernel_is_asked_about_the_processes_of_the_launch(
 ) -> None:
     kmsg = tmp_path / "kmsg"
     kmsg.write_text("3,1,1,-;Out of memory: Killed process 42 (VLLM::Worker) total-vm:1kB\n")
-    monkeypatch.setattr(learned.oom.killed, "__defaults__", (kmsg,))
-    launch = kept.launch()
+    monkeypatch.setattr(learned.oom.killed, "__defaults__", (0.0, kmsg))
+    launch = kept.launch(created_at=time.time() - 5)
+    assert why_it_failed(launch, 0, {42}, None, {}).kind is FailureKind.UNKNOWN, "that was long before"
+    kmsg.write_text(f"3,1,{int(time.monotonic() * 1e6)},-;Out of memory: Killed process 42 (python3) total-vm:1kB\n")
     assert why_it_failed(launch, 0, {41, 42}, None, {}).kind is FailureKind.OOM_KILLED
     assert why_it_failed(launch, 0, {41}, None, {}).kind is FailureKind.UNKNOWN
     monkeypatch.setattr(learned.oom.kills, "__defaults__", (_cgroup(tmp_path, 3), tmp_path))
     launch.oom_kills = 2
+    assert why_it_failed(launch, 0, set(), None, {}).kind is FailureKind.OOM_KILLED
     assert why_it_failed(launch, 137, set(), None, {}).kind is FailureKind.OOM_KILLED
     launch.oom_kills = 3
     assert why_it_failed(launch, 137, set(), None, {}).kind is FailureKind.KILLED

@@ -13,15 +13,17 @@ LINE = "Out of memory: Killed process 4242 (VLLM::EngineCor) total-vm:91234kB, a
 def test_the_kernels_line_about_one_of_ours_is_found(tmp_path: Path) -> None:
     log = tmp_path / "kmsg"
     log.write_text(
-        "6,1,1,-;booted\n"
-        "3,2,2,-;Out of memory: Killed process 42 (other) total-vm:1kB\n"
-        f"3,3,3,-;{LINE}\n"
-        "3,4,4,-;Memory cgroup out of memory: Killed process 77 (python3) total-vm:1kB\n"
+        "6,1,1000000,-;booted\n"
+        "3,2,2000000,-;Out of memory: Killed process 42 (other) total-vm:1kB\n"
+        f"3,3,3000000,-;{LINE}\n"
+        "3,4,4000000,-;Memory cgroup out of memory: Killed process 77 (python3) total-vm:1kB\n"
     )
-    assert oom.killed({1, 4242}, log) == LINE
-    assert oom.killed({77}, log).startswith("Memory cgroup out of memory: Killed process 77 (python3)")
-    assert oom.killed({4}, log) == ""
-    assert oom.killed({4242}, tmp_path / "none") == ""
+    assert oom.killed({1, 4242}, 0, log) == LINE
+    assert oom.killed({77}, 0, log).startswith("Memory cgroup out of memory: Killed process 77 (python3)")
+    assert oom.killed({4}, 0, log) == ""
+    assert oom.killed({4242}, 3, log) == LINE
+    assert oom.killed({4242}, 3.1, log) == "", "that was another process of this pid"
+    assert oom.killed({4242}, 0, tmp_path / "none") == ""
 
 
 def test_a_log_that_ends_without_a_line_is_read_to_its_end(tmp_path: Path) -> None:
@@ -30,7 +32,7 @@ def test_a_log_that_ends_without_a_line_is_read_to_its_end(tmp_path: Path) -> No
     descriptor = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
     try:
         os.write(descriptor, f"3,3,3,-;{LINE}\n".encode())
-        assert oom.killed({4242}, pipe) == LINE  # reading on would block: that is the end
+        assert oom.killed({4242}, 0, pipe) == LINE  # reading on would block: that is the end
     finally:
         os.close(descriptor)
 
