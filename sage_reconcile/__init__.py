@@ -7,6 +7,8 @@ The way of the data, in the order in which to read it::
     host/local.py      the machine -> Observed: GPUs, what we started, what the kernel says of it
     core/sizing.py     what an engine takes of a GPU before it was ever started (host/models.py reads the model,
                        host/hub.py asks for one that is not here)
+    core/measured.py   what starts were seen to take, learned from their logs and the driver (host/learned.py)
+    core/diagnosis.py  why one failed, and what to write instead
     core/planner.py    Desired + Observed + now -> Plan: what to stop and start, where, in which order, why
     core/check.py      an independent judge of plans
     reconcile.py       one pass of all this, and the carrying out       (start reading here)

@@ -149,6 +149,9 @@ def conclude(document: dict[str, Any], program: str) -> int:
 def _show_failure(replica: dict[str, Any]) -> None:
     reason = f": {printable(replica['reason'])}" if replica["reason"] else ""
     print(f"\n{replica['name']} is {replica['phase']}{reason}", file=sys.stderr)
+    failure = replica.get("failure")  # a daemon of an earlier version tells none
+    if failure and failure["line"] and failure["line"] not in replica["reason"]:
+        print(f"  {printable(failure['line'])}", file=sys.stderr)
     lines = logs.tail(Path(replica["log"]), _LOG_LINES) if replica["log"] else []
     if lines:
         print(f"The last lines of {replica['log']}:", file=sys.stderr)

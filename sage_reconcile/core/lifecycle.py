@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from sage_reconcile.core.failure import FailureKind
 from sage_reconcile.core.observed import Launch, Life, Observed
 
 BACKOFF_FIRST_S = 10.0
@@ -98,7 +99,9 @@ def failed(launch: Launch) -> bool:
 def how_it_failed(launch: Launch) -> str:
     """In a few words why a failed launch ended, or is about to end."""
     unasked = StopCause.STARTUP_TIMEOUT if launch.life is Life.ALIVE else StopCause.ENDED
-    return launch.stop_cause or (launch.exit.text() if launch.exit else unasked)
+    known = launch.failure is not None and launch.failure.kind is not FailureKind.UNKNOWN
+    why = f", {launch.failure.kind}" if launch.failure is not None and known else ""
+    return launch.stop_cause or (f"{launch.exit.text()}{why}" if launch.exit else unasked)
 
 
 def failures(launch: Launch) -> int:

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from sage_reconcile.core.failure import Failure
+from sage_reconcile.core.measured import Measured
+
 if TYPE_CHECKING:
     from sage_reconcile.core.model_config import ModelConfig
     from sage_reconcile.core.weights import Checkpoint
@@ -157,7 +160,9 @@ class Launch:
     was started again since its entry last changed. ``predecessor`` is the id of the launch that it takes over
     from: that one ends when this one is ready. ``destination`` are the GPUs, by UUID, on which its replica was
     to be started again when it was stopped. ``inner_ports`` are its own beside ``port``, for what vLLM opens
-    inside; none where it is not vLLM, or was started before there were any.
+    inside; none where it is not vLLM, or was started before there were any. ``failure`` is why it ended, where nobody
+    asked for that. ``held_mib`` is the most that the driver shows its processes to hold on one GPU now, ``kv_tokens``
+    what its KV cache holds; None where it is not told.
     """
 
     id: str
@@ -184,6 +189,9 @@ class Launch:
     predecessor: str = ""
     destination: tuple[str, ...] = ()
     inner_ports: range = range(0)
+    failure: Failure | None = None
+    held_mib: int | None = None
+    kv_tokens: int | None = None
 
     @property
     def replica(self) -> str:
@@ -245,3 +253,5 @@ class Observed:
     """What could not be read, a sentence each."""
     nvlink_counts: Mapping[frozenset[str], int] = field(default_factory=dict)
     """How many NVLinks join a pair whose link is ``NVLINK``, where that is known."""
+    measured: Mapping[str, Measured] = field(default_factory=dict)
+    """What past starts took, by ``Measured.key``; ``measured.find`` looks up what is known of an engine."""

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from sage_reconcile.core.failure import Failure
 from sage_reconcile.core.gpu_report import gpu_rows
 from sage_reconcile.core.lifecycle import Phase, StopCause, fault_note, gpu_faults, next_try, phase
 from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
@@ -225,6 +226,7 @@ def _replica(
         "started_at": None,
         "next_try_at": None,
         "exit": None,
+        "failure": None,
         "log": None,
         "launch": None,
         "unplaced": False,
@@ -238,6 +240,9 @@ def _replica(
     if launch.life is Life.EXITED:
         asked = f" ({launch.stop_cause})" if launch.stop_cause else ""
         row["reason"] = (f"ended: {launch.exit.text()}" if launch.exit else "ended") + asked
+        if launch.failure is not None:
+            row["failure"] = _failure(launch.failure)
+            row["reason"] = ": ".join(part for part in (row["reason"], launch.failure.summary()) if part)
         if state is Phase.BACKOFF:
             row["next_try_at"] = next_try(launch, now)
         return row
@@ -251,6 +256,18 @@ def _replica(
         "reason": "; ".join(part for part in (launch.stop_cause, faults) if part),
     }
     return row
+
+
+def _failure(failure: Failure) -> dict[str, Any]:
+    return {
+        "class": failure.kind.value,
+        "line": failure.line,
+        "fix": failure.fix,
+        "memory_mib": failure.memory_mib,
+        "kv_cache_mib": failure.kv_cache_mib,
+        "context_tokens": failure.context_tokens,
+        "can_recover": failure.can_recover,
+    }
 
 
 def _reachable(bind: str) -> str:

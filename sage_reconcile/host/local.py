@@ -16,14 +16,16 @@ from pathlib import Path
 from sage_reconcile.core import startup_log
 from sage_reconcile.core.command import command_line, environment, inner_base
 from sage_reconcile.core.declared import declared_gpus, declared_links
+from sage_reconcile.core.failure import Failure
 from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Links, Observed, Port
 from sage_reconcile.core.plan import Action
 from sage_reconcile.core.resolve import secret_marks
 from sage_reconcile.core.spec import Desired, EngineSpec
 from sage_reconcile.errors import PortTaken, SpawnError, StateError
-from sage_reconcile.host import logs, observe, ports, processes
+from sage_reconcile.host import learned, logs, observe, oom, ports, processes
 from sage_reconcile.host.gpus import NvmlInventory
 from sage_reconcile.host.hub import Hub
+from sage_reconcile.host.learned import Learned, Seen
 from sage_reconcile.host.links import LinkReader
 from sage_reconcile.host.models import ModelReader, unread
 from sage_reconcile.host.observe import Found
@@ -62,6 +64,7 @@ class LocalHost:
         self._logs: list[Path] = []
         self._found_bound: set[int] = set()
         self._models = ModelReader(folder, environ, hub)
+        self._learned = Learned(state.measured)
 
     @property
     def writes(self) -> bool:
@@ -90,13 +93,31 @@ class LocalHost:
         self._found = {record.id: found[record.id] for record in records}
         self._logs = [Path(record.log_path) for record in records if not record.ended]
         ready = self._ready(records, found)
-        launches = [self._launch(record, found[record.id], record.id in ready) for record in records]
+        owned = tuple(self._owned(gpu, records) for gpu in gpus)
+        failures = {record.id: self._failure(record, found[record.id], desired) for record in records}
         if self.writes:
             for record in records:
-                self._note(record, found[record.id], record.id in ready, now)
+                seen = Seen(
+                    now=now,
+                    gpus=owned,
+                    ready=record.id in ready,
+                    failure=failures[record.id],
+                    metrics=self.prober.metrics(record.id) if self.prober else None,
+                    engine=desired.engine(record.engine_name),
+                )
+                self._learned.take_in(record, seen)
+                self._note(record, found[record.id], record.id in ready, failures[record.id], now)
+        launches = [
+            dataclasses.replace(
+                self._launch(record, found[record.id], record.id in ready),
+                failure=failures[record.id],
+                held_mib=learned.held_mib(record.id, owned),
+            )
+            for record in records
+        ]
         models = self._models.read(desired)
         return Observed(
-            gpus=tuple(self._owned(gpu, records) for gpu in gpus),
+            gpus=owned,
             launches=tuple(launches),
             ports=self._ports(desired, launches),
             models=models,
@@ -104,6 +125,7 @@ class LocalHost:
             links=links,
             nvlink_counts=self._links.nvlink_counts,
             problems=(*problems, *unread(desired, models)),
+            measured=self._learned.read(),
         )
 
     def _ports(self, desired: Desired, launches: Iterable[Launch]) -> tuple[Port, ...]:
@@ -181,10 +203,21 @@ class LocalHost:
             destination=tuple(record.destination),
             stage=startup_log.stage(logs.tail(Path(record.log_path), 40)) if starting else "",
             inner_ports=range(record.inner_port, record.inner_port + record.inner_count),
+            kv_tokens=record.kv_tokens,
         )
 
-    def _note(self, record: Record, found: Found, ready: bool, now: float) -> None:
-        """Puts on record what was learned: who the leader is, that it got ready, how it ended."""
+    def _failure(self, record: Record, found: Found, desired: Desired) -> Failure | None:
+        """Why a launch ended that nobody asked to; read from its log once, by the one who writes."""
+        if found.life is not Life.EXITED or record.stop_cause:
+            return None
+        if record.ended:
+            return learned.read_failure(record.failure)
+        members = {member[0] for member in [record.leader, *record.members] if member}
+        engine = desired.engine(record.engine_name)
+        return learned.why_it_failed(record, found.exit_code, members, engine, self.environ)
+
+    def _note(self, record: Record, found: Found, ready: bool, failure: Failure | None, now: float) -> None:
+        """Puts on record what was learned: who the leader is, that it got ready, how and why it ended."""
         before = (record.leader, record.ready_at, record.ended, record.members)
         if found.life is Life.ALIVE and not record.leader and found.leader is not None:
             full = processes.identify(found.leader.pid)
@@ -198,6 +231,7 @@ class LocalHost:
             record.ended = True
             record.exit_code = found.exit_code
             record.ended_at = found.ended_at or now
+            record.failure = learned.failure_data(failure) if failure else {}
             shutil.rmtree(self.state.temporary(record.id), ignore_errors=True)
         if before != (record.leader, record.ready_at, record.ended, record.members):
             self.records.save(record)
@@ -254,6 +288,7 @@ class LocalHost:
             predecessor=action.predecessor,
             inner_port=action.inner_ports.start,
             inner_count=len(action.inner_ports),
+            oom_kills=oom.kills(),
         )
         argv = command_line(
             engine.spec,

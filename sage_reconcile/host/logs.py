@@ -10,17 +10,31 @@ KEPT = 5
 LIMIT_BYTES = 64 << 20
 _KEEP_BYTES = 16 << 20
 _TAIL_BYTES = 64 << 10
+_START_BYTES = 8 << 20
 
 
-def tail(path: Path, count: int) -> list[str]:
+def tail(path: Path, count: int, most_bytes: int = _TAIL_BYTES) -> list[str]:
     """The last lines; progress bars (carriage returns) count as lines. Empty where there is no log."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            file.seek(max(0, os.fstat(file.fileno()).st_size - most_bytes))
             content = file.read()
     except OSError:
         return []
-    return content.decode("utf-8", errors="replace").replace("\r", "\n").rstrip("\n").split("\n")[-count:]
+    return _lines(content)[-count:]
+
+
+def start(path: Path) -> list[str]:
+    """The lines of a start: the first 8 MiB of a log. Empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            return _lines(file.read(_START_BYTES))
+    except OSError:
+        return []
+
+
+def _lines(content: bytes) -> list[str]:
+    return content.decode("utf-8", errors="replace").replace("\r", "\n").rstrip("\n").split("\n")
 
 
 def newest(folder: Path) -> list[Path]:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from sage_reconcile.host.metrics import EngineMetrics, read_metrics
+
 TIMEOUT_S = 2.0
 PERIOD_S = 10.0
 _UNDER_WAY_S = 0.02
@@ -59,6 +61,8 @@ class _State:
     ready: bool
     failures: int = 0
     asking: Future[None] | None = None
+    metrics: EngineMetrics | None = None
+    """What it said of itself when it first answered."""
 
 
 class Prober:
@@ -106,8 +110,15 @@ class Prober:
         state = self._states.get(launch_id)
         return state is not None and state.ready
 
+    def metrics(self, launch_id: str) -> EngineMetrics | None:
+        """What a ready replica said of itself when it was first seen so; None where it has not been seen so yet."""
+        state = self._states.get(launch_id)
+        return state.metrics if state else None
+
     def _probe(self, state: _State) -> None:
         answer = is_ready(state.target.host, state.target.port)
+        if answer and state.metrics is None:  # before it counts as ready: who is told of that finds them here
+            state.metrics = read_metrics(state.target.host, state.target.port) or EngineMetrics()
         now = self._clock()
         state.failures = 0 if answer else state.failures + 1
         before, state.ready = state.ready, answer or (state.ready and state.failures < FAILURES)

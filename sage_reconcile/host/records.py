@@ -28,6 +28,8 @@ class Record:
 
     ``leader`` is ``[pid, start ticks, pidfd inode]``; ``members`` are the other processes of the session
     seen when it got ready, in the same form. ``inner_count`` ports from ``inner_port`` on are its inner ones.
+    ``failure`` is why it failed, ``kv_tokens`` what its KV cache holds, ``oom_kills`` how many processes the kernel
+    had killed for want of memory in our cgroup when it was started.
     """
 
     id: str
@@ -57,19 +59,22 @@ class Record:
     destination: list[str] = field(default_factory=list)
     inner_port: int = 0
     inner_count: int = 0
+    failure: dict[str, Any] = field(default_factory=dict)
+    kv_tokens: int | None = None
+    oom_kills: int = 0
 
 
 _REQUIRED = {"id", "engine_name", "index", "spec", "gpus", "memory_mib", "port"}
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("id", "engine_name", "bind", "boot_id", "stop_cause", "log_path", "predecessor"), (str,)),
     **dict.fromkeys(("index", "memory_mib", "port", "version", "restarts", "failures"), (int,)),
-    **dict.fromkeys(("inner_port", "inner_count"), (int,)),
-    **dict.fromkeys(("spec", "secret_marks"), (dict,)),
+    **dict.fromkeys(("inner_port", "inner_count", "oom_kills"), (int,)),
+    **dict.fromkeys(("spec", "secret_marks", "failure"), (dict,)),
     **dict.fromkeys(("gpus", "leader", "members", "destination"), (list,)),
     **dict.fromkeys(("ready_at", "stopping_since", "ended_at"), (int, float, type(None))),
     "created_at": (int, float),
     "ended": (bool,),
-    "exit_code": (int, type(None)),
+    **dict.fromkeys(("exit_code", "kv_tokens"), (int, type(None))),
 }
 
 

@@ -6,6 +6,7 @@
     allow-moves.json  word for the daemon that a person allowed moves, until it has read it
     generation.json   how often the file has changed, and its digest
     last-good.yaml    the last content of the file that was valid
+    measured.json     what past starts took                        (learned.py)
     status.json       what the one who reconciles last reported
     launches/         a record and a run file for each launch      (records.py)
     logs/             a log for each launch
@@ -77,6 +78,11 @@ class StateFolder:
     def launches(self) -> Path:
         """Where the records are."""
         return self.path / "launches"
+
+    @property
+    def measured(self) -> Path:
+        """Where it is kept what past starts took."""
+        return self.path / "measured.json"
 
     @property
     def simulated_gpus(self) -> Path:

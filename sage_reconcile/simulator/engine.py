@@ -216,12 +216,15 @@ class _Core:
     def _load(self, lines: log.Log) -> None:
         options = self.options
         ranks = options.tensor_parallel_size * options.pipeline_parallel_size
+        device, held = _device(self.index * ranks), held_mib(options)
         if ranks == 1:
             _load_rank(options, self.index, lines, self.leader)
         else:
             self.workers = [self._start_worker(rank, ranks) for rank in range(ranks)]
             self._await_workers()
-        for share in log.capturing(lines, options, held_mib(options)):
+        if fault := log.kv_cache_fault(options, held):
+            raise StartFailed(fault)
+        for share in log.capturing(lines, options, held, device):
             self._wait(share * options.load_s)
 
     def _start_worker(self, rank: int, ranks: int) -> Child:
@@ -302,7 +305,7 @@ def _load_rank(options: Options, device: int, lines: log.Log, parent: Parent) ->
     for number, share in enumerate(log.loading(lines, options, held)):
         parent.wait(share * options.load_s)
         if number == 2 and options.fail in ("load", "oom"):
-            _fail(options, device)
+            _fail(options, device, held)
 
 
 def _claim(options: Options, device: int) -> int:
@@ -321,24 +324,33 @@ def _claim(options: Options, device: int) -> int:
         raise StartFailed("torch.AcceleratorError: CUDA error: invalid device ordinal")
     need = _need_mib(options, gpus.read_inventory(Path(folder))[seen[device]])
     try:
-        gpus.claim(Path(folder), seen[device], need)
+        gpus.claim(Path(folder), seen[device], need, log.footprint_mib(options, need))
     except gpus.TooLittleFree as little:
         raise StartFailed(
             f"ValueError: Free memory on device cuda:{device} "
-            f"({_gib(little.free_mib)}/{_gib(little.total_mib)} GiB) on startup "
-            f"is less than desired GPU memory utilization ({options.gpu_memory_utilization}, {_gib(need)} GiB). "
+            f"({log.gib(little.free_mib)}/{log.gib(little.total_mib)} GiB) on startup "
+            f"is less than desired GPU memory utilization ({options.gpu_memory_utilization}, {log.gib(need)} GiB). "
             "Decrease GPU memory utilization or reduce GPU memory used by other processes."
         ) from None
     return need
 
 
-def _gib(mib: int) -> str:
-    return f"{round(mib / 1024, 2)}"
+def _device(number: int) -> log.Device | None:
+    """The GPU of a core's first rank before anything of it is taken; None where none is simulated."""
+    folder = os.environ.get(gpus.ENVIRONMENT)
+    seen = gpus.visible(Path(folder), os.environ.get("CUDA_VISIBLE_DEVICES")) if folder else []
+    if not folder or number >= len(seen):
+        return None
+    total = gpus.read_inventory(Path(folder))[seen[number]]
+    taken = sum(mib for _, mib in gpus.usage(Path(folder))[seen[number]])
+    return log.Device(max(0, total - taken), total)
 
 
-def _fail(options: Options, device: int) -> NoReturn:
+def _fail(options: Options, device: int, held: int) -> NoReturn:
     if options.fail == "oom":
         raise StartFailed(
-            f"torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU {device} has too little free."
+            f"torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU {device} has a total "
+            f"capacity of {log.gib(held)} GiB of which 0 bytes is free. Including non-PyTorch memory, this process has "
+            f"{held / 1024:.2f} GiB memory in use."
         )
     raise StartFailed(f"OSError: Can't load the model {options.model!r}: it does not appear to have safetensors files.")

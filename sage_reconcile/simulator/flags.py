@@ -87,7 +87,7 @@ ON = """
 """
 SIMULATED_ONE_WORD = """
     simulate-death-seconds simulate-exit-after simulate-exit-code simulate-fail simulate-linger-seconds
-    simulate-load-seconds simulate-token-ms
+    simulate-load-seconds simulate-token-ms simulate-weights-mib
 """
 SIMULATED_ON = "simulate-hang simulate-ignore-sigterm"
 SHORT = {
@@ -131,6 +131,7 @@ USAGE = """usage: simulator [-h] --model MODEL [vLLM's flags]
                  [--simulate-load-seconds S] [--simulate-token-ms MS] [--simulate-hang]
                  [--simulate-fail {none,load,oom,exit}] [--simulate-exit-code N] [--simulate-exit-after S]
                  [--simulate-ignore-sigterm] [--simulate-linger-seconds S] [--simulate-death-seconds S]
+                 [--simulate-weights-mib N]
 """
 
 
@@ -173,6 +174,9 @@ class Options:
     """How long what holds the GPU memory outlives a clean stop."""
     death_s: float = 1
     """How long the API server outlives its engine core; 5 in vLLM."""
+    weights_mib: int = 0
+    """What the pretended model takes of each GPU. The KV cache gets what it leaves, and has to hold ``max_model_len``
+    where that is given; with 0 the model takes a share of what there is, and the start never fails for it."""
     given: tuple[tuple[str, str], ...] = ()
     """Flags and values as they were given, for the log."""
 
@@ -309,5 +313,6 @@ def _options(given: dict[str, list[str]]) -> Options:
         hang="simulate-hang" in given,
         linger_s=_number(given, "simulate-linger-seconds", 0),
         death_s=_number(given, "simulate-death-seconds", 1),
+        weights_mib=_integer(given, "simulate-weights-mib", 0),
         given=tuple((name.replace("-", "_"), " ".join(words)) for name, words in given.items() if name != "api-key"),
     )

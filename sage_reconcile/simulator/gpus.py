@@ -55,23 +55,24 @@ def read_inventory(folder: Path) -> dict[str, int]:
     return {gpu["uuid"]: int(gpu["memory_total_mib"]) for gpu in listed}
 
 
-def claim(folder: Path, uuid: str, need_mib: int) -> None:
-    """Take memory on a GPU for the life of this process.
+def claim(folder: Path, uuid: str, need_mib: int, hold_mib: int | None = None) -> None:
+    """Take memory on a GPU for the life of this process: ``need_mib`` must be free; ``hold_mib``, if given, is held.
 
     Raises:
         UnknownGpu: no such GPU is listed.
-        TooLittleFree: what living processes hold and ``need_mib`` exceed the total.
+        TooLittleFree: what living processes hold and what is needed, or to be held, exceed the total.
     """
     with _locked(folder):
         total_mib = read_inventory(folder).get(uuid)
         if total_mib is None:
             raise UnknownGpu(uuid)
         held_mib = sum(mib for _, mib in _claims(folder / uuid, prune=True))
-        if held_mib + need_mib > total_mib:
+        hold_mib = need_mib if hold_mib is None else hold_mib
+        if held_mib + max(need_mib, hold_mib) > total_mib:
             raise TooLittleFree(max(0, total_mib - held_mib), total_mib)
         (folder / uuid).mkdir(exist_ok=True)
         part = folder / uuid / f".{os.getpid()}"
-        part.write_text(str(need_mib), encoding="ascii")
+        part.write_text(str(hold_mib), encoding="ascii")
         part.replace(folder / uuid / f"{os.getpid()}-{_start_ticks(os.getpid())}")
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from sage_reconcile.core.failure import Failure, FailureKind
 from sage_reconcile.core.lifecycle import (
     Phase,
     StopCause,
@@ -14,6 +15,7 @@ from sage_reconcile.core.lifecycle import (
     failures,
     fault_note,
     gpu_faults,
+    how_it_failed,
     next_try,
     phase,
     stop_deadline,
@@ -179,6 +181,12 @@ def test_a_replica_that_loads_loses_sigterm_and_gets_five_seconds() -> None:
     assert stop_deadline(loading, 2) == NOW + 2
     got_ready_all_the_same = replace(READY, stopping_since=NOW + 59)
     assert stop_deadline(got_ready_all_the_same, 30) == NOW + 64
+
+
+def test_how_it_failed_names_the_class_where_it_is_known() -> None:
+    for kind, text in ((FailureKind.WRONG_FLAG, "exit 1, wrong flag"), (FailureKind.UNKNOWN, "exit 1")):
+        assert how_it_failed(ended(LOADING, NOW, failure=Failure(kind))) == text
+    assert how_it_failed(ended(LOADING, NOW)) == "exit 1"
 
 
 def test_ends_are_told_as_shells_tell_them() -> None:

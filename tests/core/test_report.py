@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from sage_reconcile.core.failure import Failure, FailureKind
 from sage_reconcile.core.gpu_report import gpu_document, gpu_rows, lasting
 from sage_reconcile.core.host_spec import HostSpec
 from sage_reconcile.core.observed import GpuProcess, Link, Observed
@@ -16,6 +19,7 @@ from sage_reconcile.core.report import status_document
 from tests.plans.world import NOW, world
 from tests.reading import desired
 
+ROOT = Path(__file__).parents[2]
 FILE = """
 version: 1
 host: {headroom: 1GiB, exclude: [2]}
@@ -157,6 +161,30 @@ def test_a_replica_that_is_being_moved_says_so_until_it_has_arrived() -> None:
     launches = launches.replace("state: loading, age: 5s", "ready: 1s")
     _, rows = status(machine(FINE, FINE, FINE, launches=launches))
     assert rows["chat/0"] == ("Ready", "")
+
+
+def test_a_failure_tells_its_class_its_line_and_what_to_do() -> None:
+    launches = "[{run: chat/0, gpu: 0, port: 8000, exit: 1, ended: 2s, state: exited}]"
+    observed = machine(FINE, FINE, FINE, launches=launches)
+    why = Failure(FailureKind.KV_CACHE_TOO_SMALL, "the line", "write `memory: 50000MiB`", 50000, 3000, 4096)
+    document, rows = status(replace(observed, launches=(replace(observed.launches[0], failure=why),)))
+    assert rows["chat/0"] == ("BackOff", "ended: exit 1: KV cache too small: write `memory: 50000MiB`")
+    [row] = document["engines"][0]["replicas"]
+    assert row["failure"] == {
+        "class": "KV cache too small",
+        "line": "the line",
+        "fix": "write `memory: 50000MiB`",
+        "memory_mib": 50000,
+        "kv_cache_mib": 3000,
+        "context_tokens": 4096,
+        "can_recover": False,
+    }
+    schema = json.loads((ROOT / "schemas/status.schema.json").read_text(encoding="utf-8"))
+    replica = schema["properties"]["engines"]["items"]["properties"]["replicas"]["items"]
+    kinds = replica["properties"]["failure"]["anyOf"][1]["properties"]["class"]["enum"]
+    assert kinds == [item.value for item in FailureKind]
+    _, rows = status(observed)
+    assert rows["chat/0"] == ("BackOff", "ended: exit 1")
 
 
 def test_an_end_that_was_asked_for_tells_why() -> None:

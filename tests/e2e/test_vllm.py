@@ -9,6 +9,8 @@ from pathlib import Path
 import openai
 import pytest
 
+from sage_reconcile.host.learned import Learned
+from sage_reconcile.host.metrics import read_metrics
 from tests.e2e import vllm_cpu
 from tests.e2e.box import Box
 
@@ -23,9 +25,9 @@ def _python() -> Path:
 
 
 def entry(python: Path, model: Path, args: str = "") -> str:
-    flags = "load-format: dummy, max-model-len: 256, enforce-eager: true, kv-cache-memory-bytes: 16M"
+    flags = "load-format: dummy, max-model-len: 256, enforce-eager: true"
     return (
-        f"tiny: {{model: {model}, device: cpu, python: {python}, startup_timeout: 5m, "
+        f"tiny: {{model: {model}, device: cpu, python: {python}, startup_timeout: 5m, kv_cache: 16MiB, "
         f"env: {{HF_HUB_OFFLINE: '1', VLLM_NO_USAGE_STATS: '1', VLLM_API_KEY: '${{KEY:-none}}'}}, "
         f"args: {{{flags}{args}}}}}"
     )
@@ -60,6 +62,9 @@ def test_a_real_engine_lives_changes_heals_and_leaves_nothing(box: Box, python: 
     row = box.replicas()["tiny/0"]
     assert row["phase"] == "Ready", text
     assert complete(row["port"]) == "length"
+    asked = read_metrics("127.0.0.1", row["port"])
+    assert asked is not None
+    assert (asked.running, asked.waiting, asked.generation_tokens) == (0.0, 0.0, 4.0)
     comms = set(box.processes().values())
     assert {"VLLM::EngineCor", "VLLM::Worker"} <= comms, comms
     assert box.json("diff")["in_sync"]
@@ -97,6 +102,56 @@ def test_a_bad_flag_ends_apply_with_vllms_own_words(box: Box, python: Path) -> N
     model = vllm_cpu.tiny_model(box.folder / "model")
     box.write(entry(python, model, ", max-modellen: 8"), host="gpus: none")
     text = box.run("apply", "--yes", expect=1)
-    assert "tiny/0 is BackOff: ended: exit 2" in text
+    assert "tiny/0 is BackOff: ended: exit 2: wrong flag: this vLLM has no flag `max-modellen` (in `args`)" in text
+    assert "did you mean `max-model-len`?" in text
     assert "unrecognized arguments: --max-modellen" in text
     assert not box.processes()
+
+
+def sized(box: Box, python: Path, kv_cache: str, context: int) -> None:
+    """The tiny model with that KV cache, made for contexts that long."""
+    model = vllm_cpu.tiny_model(box.folder / "model")
+    size, variable = (f"kv_cache: {kv_cache}, ", "") if kv_cache else ("", "VLLM_CPU_KVCACHE_SPACE: '1', ")
+    box.write(
+        f"tiny: {{model: {model}, device: cpu, python: {python}, startup_timeout: 5m, context: {context}, {size}"
+        f"env: {{{variable}HF_HUB_OFFLINE: '1', VLLM_NO_USAGE_STATS: '1'}}, "
+        "args: {load-format: dummy, enforce-eager: true, hf-overrides: {max_position_embeddings: 65536}}}",
+        host="gpus: none",
+    )
+
+
+def test_the_kv_cache_it_reports_is_what_it_was_told_and_is_kept(box: Box, python: Path) -> None:
+    sized(box, python, "", 256)
+    box.run("apply", "--yes")
+    [found] = Learned(box.state / "measured.json").read().values()
+    assert (found.vllm_version, found.starts, found.held_mib) == (vllm_cpu.VLLM_VERSION, 1, None)
+    assert found.figures.cpu_kv_cache_mib == 1024
+    # of each token the keys and values of 2 layers and 2 heads of 32 numbers, 2 bytes each
+    assert found.kv_tokens == found.figures.kv_tokens == (1 << 30) // (2 * 2 * 2 * 32 * 2)
+    assert (found.kv_blocks or 0) * (found.block_tokens or 0) == found.kv_tokens
+    asked = read_metrics("127.0.0.1", box.replicas()["tiny/0"]["port"])
+    assert asked is not None
+    assert asked.cache_configs[0]["kv_cache_memory_bytes"] == str(1 << 30)
+    assert asked.kv_tokens == found.kv_tokens
+
+
+def test_a_start_that_cannot_fit_says_the_number_that_would_and_it_does(box: Box, python: Path) -> None:
+    sized(box, python, "16MiB", 65536)
+    text = box.run("apply", "--yes", expect=1)
+    told = box.replicas()["tiny/0"]["failure"]
+    assert told["class"] == "KV cache too small"
+    assert f"write `kv_cache: {told['kv_cache_mib']}MiB`, or `context: {told['context_tokens']}`" in text
+    sized(box, python, f"{told['kv_cache_mib']}MiB", 65536)
+    box.run("apply", "--yes")
+    assert complete(box.replicas()["tiny/0"]["port"]) == "length"
+    sized(box, python, "16MiB", told["context_tokens"])
+    box.run("apply", "--yes")
+    [tokens] = {record["kv_tokens"] for record in box.records() if not record["ended"]}
+    assert tokens == 32768
+
+
+def test_a_model_that_is_not_there_is_told(box: Box, python: Path) -> None:
+    box.write(entry(python, Path("nobody/nothing")), host="gpus: none")
+    text = box.run("apply", "--yes", expect=1)
+    assert "model not found: `model: nobody/nothing` is neither a folder here nor a name that the hub" in text
+    assert not box.replicas()["tiny/0"]["failure"]["can_recover"]

@@ -18,12 +18,14 @@ from pathlib import Path
 
 import pytest
 
+from sage_reconcile.core.failure import FailureKind
 from sage_reconcile.core.lifecycle import StopCause
+from sage_reconcile.core.measured import find
 from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
 from sage_reconcile.core.plan import Action
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.daemon import Passes, settle
-from sage_reconcile.host import ports, processes
+from sage_reconcile.host import learned, oom, ports, processes
 from sage_reconcile.host.local import LocalHost
 from sage_reconcile.host.probes import Prober
 from sage_reconcile.host.processes import LAUNCH_VARIABLE
@@ -167,6 +169,49 @@ def test_what_is_learned_is_put_on_record(place: Place) -> None:
     ended = place.records().get(launch.id) or {"ended": True, "exit_code": 137}
     assert (ended["ended"], ended["exit_code"]) == (True, 137)
     assert not place.state.temporary(launch.id).exists()
+
+
+def test_a_look_tells_what_starts_took_and_what_they_hold_now(place: Place) -> None:
+    """By the one who acted, by one who only looks, and by one who comes later."""
+    entry = "{model: m, runtime: simulator, memory: 10GiB, args: {simulate-weights-mib: 4000}}"
+    port = free_port()
+    wanted = desired(f"version: 1\nhost: {{gpus: 2xH100-80GB, ports: {port}-{port}}}\nengines:\n  chat: {entry}\n")
+    place.run(wanted)
+    launch = place.until(wanted, ready=True)
+    held = (10 * 1024, 10 * 1024 - 1)  # the share is rounded down
+    tokens = [(mib - 4000 - 256 - 512) * 8 // 16 * 16 for mib in held]
+    for host in (place.host, place.looker(), place.another()):
+        seen = host.observe(wanted)
+        [now] = seen.launches
+        assert now.held_mib in held
+        assert now.kv_tokens in tokens
+        found = find(seen.measured, wanted.engines[0].record, "H100-80GB")
+        assert found is not None
+        assert (found.held_mib, found.starts, found.kv_tokens) == (now.held_mib, 1, now.kv_tokens)
+        assert (found.block_tokens, found.kv_blocks) == (16, now.kv_tokens // 16)
+    assert place.records()[launch.id]["oom_kills"] == oom.kills()
+
+
+def test_why_it_failed_is_put_on_record_once(place: Place) -> None:
+    wanted = command(["sh", "-c", "echo 'OSError: [Errno 98] Address already in use'; exit 1"])
+    place.run(wanted)
+    ended = place.until(wanted, life=Life.EXITED)
+    assert ended.failure
+    assert ended.failure.kind is FailureKind.PORT_TAKEN
+    [known] = place.records().values()
+    assert learned.read_failure(known["failure"]) == ended.failure  # type: ignore[arg-type]
+    Path(ended.log_path).unlink()
+    for host in (place.looker(), place.another()):
+        assert host.observe(wanted).launches[0].failure == ended.failure
+
+
+def test_an_end_that_was_asked_for_is_no_failure(place: Place) -> None:
+    wanted = sleeping()
+    place.run(wanted)
+    place.until(wanted, life=Life.ALIVE)
+    seen = eventually(lambda: [x for x in place.run(nothing()).observed.launches if x.life is Life.EXITED])
+    assert seen[0].stop_cause == StopCause.REMOVED
+    assert seen[0].failure is None
 
 
 def test_a_new_host_adopts_what_runs_and_starts_nothing_twice(place: Place) -> None:

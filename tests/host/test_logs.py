@@ -36,6 +36,16 @@ def test_where_there_is_no_log_there_are_no_lines(tmp_path: Path) -> None:
     assert [line for line in logs.tail(Path(os.devnull), 5) if line] == []
 
 
+def test_the_lines_of_a_start_are_those_at_the_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "x.log"
+    path.write_bytes(b"version 1\nload 1%\rload 2%\n" + b"x" * (9 << 20) + b"\nlast\n")
+    lines = logs.start(path)
+    assert lines[:3] == ["version 1", "load 1%", "load 2%"]
+    assert len(lines) == 4
+    assert logs.start(tmp_path / "missing.log") == []
+    assert len(logs.tail(path, 5, 100)[0]) < 100
+
+
 def test_of_a_huge_log_only_the_end_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x.log"
     with path.open("wb") as file:

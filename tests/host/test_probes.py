@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from sage_reconcile.host import probes
+from sage_reconcile.host.metrics import EngineMetrics
 from sage_reconcile.host.probes import FAILURES, Prober, Target, ask_once, is_ready, loopback
 from tests.host.world import eventually, free_port
 
@@ -226,7 +227,21 @@ def test_ready_ones_are_asked_all_at_the_same_moments() -> None:
             eventually(lambda name=name: made.ready(name) and idle(made))
         assert {state.next_at for state in made._states.values()} == {1010.0}
         assert made.ask() == 1010.0
-        assert len(server.asked) == 2
+        assert len([page for _, page in server.asked if page == "/health"]) == 2
+
+
+def test_what_it_says_of_itself_is_there_when_it_counts_as_ready_and_asked_once() -> None:
+    clock = Clock()
+    with serving() as server, prober(clock) as (made, _):
+        server.pages["/metrics"] = 200
+        made.follow([Target("a", "127.0.0.1", server.port, was_ready=False)])
+        assert made.metrics("other") is None
+        eventually(lambda: made.ready("a"))
+        assert made.metrics("a") == EngineMetrics()
+        clock.now += probes.PERIOD_S
+        probed(made, server)
+        eventually(lambda: idle(made))
+        assert [page for _, page in server.asked] == ["/health", "/metrics", "/health"]
 
 
 def test_a_probe_under_way_is_looked_after_soon_and_not_doubled() -> None:
@@ -251,7 +266,7 @@ def test_who_is_no_longer_followed_is_asked_no_more_and_is_not_ready() -> None:
         assert not made.ready("a")
         clock.now += 100
         assert made.ask() == float("inf")
-        assert len(server.asked) == 1
+        assert [page for _, page in server.asked] == ["/health", "/metrics"]
         made.follow([Target("a", "127.0.0.1", server.port, was_ready=False)])
         assert not made.ready("nobody")
         eventually(lambda: made.ready("a"))

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from sage_reconcile.core.diagnosis import diagnose
+from sage_reconcile.core.failure import Failure, FailureKind, Started
+from sage_reconcile.core.startup_figures import StartupFigures, startup_figures
 from sage_reconcile.simulator import gpus
 from tests.simulator.running import ROOT, TOTAL_MIB, A, B, Fleet, eventually, on, stat
 
@@ -135,3 +138,85 @@ def test_unknown_gpu_is_not_claimed(folder: Path) -> None:
 )
 def test_visible_devices_are_read_as_cuda_reads_them(folder: Path, devices: str | None, seen: list[str]) -> None:
     assert gpus.visible(folder, devices) == seen
+
+
+def figures(fleet: Fleet) -> StartupFigures:
+    return startup_figures(fleet.all[-1].text().splitlines())
+
+
+def why(fleet: Fleet, promised_mib: int) -> Failure:
+    code = fleet.all[-1].ended()
+    return diagnose(code, fleet.all[-1].text().splitlines(), Started({"device": "cuda"}, promised_mib, 1))
+
+
+def test_a_start_tells_its_figures_in_vllms_words(fleet: Fleet, folder: Path) -> None:
+    weights = ("--simulate-weights-mib", "10000")
+    budget = TOTAL_MIB * 25 // 100
+    fleet.start("--gpu-memory-utilization", "0.25", *weights, "-tp", "2", **on(folder, A, B)).ready()
+    cache = budget - 10000 - 256 - 512
+    told = figures(fleet)
+    near = {"kv_available_mib": cache, "weights_mib": 10000, "consumed_mib": 10000, "requested_mib": budget}
+    near |= {"free_at_start_mib": TOTAL_MIB, "cuda_total_mib": TOTAL_MIB, "activation_mib": 256}
+    near |= {"cuda_graphs_mib": 512, "cuda_graphs_estimated_mib": 512}
+    assert {name: abs(getattr(told, name) - value) <= 5 for name, value in near.items()} == dict.fromkeys(near, True)
+    assert told.pin_kv_cache_bytes == (cache - 150) << 20
+    assert told.kv_tokens == cache * 8 // 16 * 16
+
+    fleet.start("--gpu-memory-utilization", "0.25", *weights, "--enforce-eager", **on(folder, A)).ready()
+    told = figures(fleet)
+    assert (told.cuda_graphs_mib, told.cuda_graphs_estimated_mib) == (0, None)
+    assert told.kv_tokens == (cache + 512) * 8 // 16 * 16
+    assert abs((told.free_at_start_mib or 0) - (TOTAL_MIB - budget)) <= 5
+
+    pinned = ("--kv-cache-memory-bytes", "1G")
+    fleet.start("--gpu-memory-utilization", "0.25", *weights, *pinned, **on(folder, B)).ready()
+    told = figures(fleet)
+    assert (told.kv_tokens, told.kv_available_mib, told.pin_kv_cache_bytes) == (8192, None, None)
+    assert [mib for _, mib in gpus.usage(folder)[B]] == [budget, 10000 + 256 + 512 + 1024]
+
+
+def test_on_the_cpu_the_kv_cache_is_what_vllms_variable_says(fleet: Fleet) -> None:
+    fleet.start(VLLM_CPU_KVCACHE_SPACE="3").ready()
+    assert (figures(fleet).cpu_kv_cache_mib, figures(fleet).kv_tokens) == (3072, 3072 * 8)
+    assert fleet.all[-1].metric("cache_config_info") == 1
+    assert f'kv_cache_size_tokens="{3072 * 8}"' in fleet.all[-1].get("/metrics")[1]
+    fleet.start().ready()
+    assert (figures(fleet).cpu_kv_cache_mib, figures(fleet).kv_available_mib) == (1024, None)
+
+
+def test_a_kv_cache_that_does_not_hold_one_request_ends_the_start_with_the_number_that_would_do(
+    fleet: Fleet, folder: Path
+) -> None:
+    words = ("--simulate-weights-mib", "10000", "--max-model-len", "16384")
+    promised = TOTAL_MIB * 15 // 100
+    fleet.start("--gpu-memory-utilization", "0.15", *words, **on(folder, A))
+    failure = why(fleet, promised)
+    assert failure.kind is FailureKind.KV_CACHE_TOO_SMALL
+    need = 10000 + 256 + 512 + 2048
+    assert need <= (failure.memory_mib or 0) <= need + 20
+    assert failure.context_tokens == (promised - 10768) * 8 // 16 * 16
+    share = (failure.memory_mib or 0) / TOTAL_MIB
+    fleet.start("--gpu-memory-utilization", f"{share:.6f}", *words, **on(folder, A)).ready()
+    less = (need - 1) / TOTAL_MIB
+    fleet.start("--gpu-memory-utilization", f"{less:.6f}", *words, **on(folder, B))
+    assert why(fleet, need - 1).kind is FailureKind.KV_CACHE_TOO_SMALL
+    fits = (*words[:-1], str(failure.context_tokens))
+    fleet.start("--gpu-memory-utilization", "0.15", *fits, **on(folder, B)).ready()
+
+
+def test_weights_that_leave_nothing_end_the_start(fleet: Fleet, folder: Path) -> None:
+    fleet.start("--gpu-memory-utilization", "0.1", "--simulate-weights-mib", "10000", **on(folder, A))
+    failure = why(fleet, TOTAL_MIB // 10)
+    assert failure.kind is FailureKind.NO_KV_CACHE
+    assert 10768 <= (failure.memory_mib or 0) <= 10788
+
+
+def test_of_what_is_free_the_number_that_fits_is_told_and_it_does(fleet: Fleet, folder: Path) -> None:
+    fleet.start("--gpu-memory-utilization", "0.6", **on(folder, A)).ready()
+    fleet.start("--gpu-memory-utilization", "0.6", **on(folder, A))
+    failure = why(fleet, TOTAL_MIB * 6 // 10)
+    assert failure.kind is FailureKind.TOO_LITTLE_FREE
+    free = TOTAL_MIB - TOTAL_MIB * 6 // 10
+    assert free - 20 <= (failure.memory_mib or 0) <= free
+    share = (failure.memory_mib or 0) / TOTAL_MIB
+    fleet.start("--gpu-memory-utilization", f"{share:.6f}", **on(folder, A)).ready()
