@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sage_reconcile.core.gpu_report import lasting
 from sage_reconcile.core.observed import Life
-from sage_reconcile.core.report import status_document
+from sage_reconcile.core.report import lasting, status_document
 from sage_reconcile.core.resolve import values_mark
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.errors import FileFaults, SageReconcileError, StateError
@@ -205,7 +204,7 @@ class Daemon:
             return None
         self._log(result)
         document = status_document(self.desired, result.observed, result.plan, result.now)
-        self._tell({**document, "gpus": lasting(document["gpus"])})
+        self._tell(lasting(document))
         return result
 
     def _read(self) -> None:

@@ -54,6 +54,7 @@ def show_status(document: Mapping[str, Any], now: float) -> None:
             replica["phase"] + (f" ({replica['stage']})" if replica["stage"] else ""),
             ",".join("?" if gpu["index"] is None else str(gpu["index"]) for gpu in replica["gpus"]) or "-",
             f"{replica['memory_mib'] / 1024:.1f}GiB" if replica["gpus"] else "-",
+            _held(replica),
             str(replica["port"] or "-"),
             str(replica["pid"] or "-"),
             str(replica["restarts"]),
@@ -61,7 +62,7 @@ def show_status(document: Mapping[str, Any], now: float) -> None:
         )
         for engine, replica in replicas
     ]
-    heads = ("REPLICA", "MODEL", "PHASE", "GPUS", "MEMORY", "PORT", "PID", "RESTARTS", "SINCE")
+    heads = ("REPLICA", "MODEL", "PHASE", "GPUS", "MEMORY", "HOLDS", "PORT", "PID", "RESTARTS", "SINCE")
     if rows:
         table(heads, rows)
     else:
@@ -69,11 +70,37 @@ def show_status(document: Mapping[str, Any], now: float) -> None:
     for _, replica in replicas:
         if reason := _reason(replica, now):
             print(f"  {replica['name']}: {printable(reason)}")
+        if memory := _measured(replica):
+            print(f"  {replica['name']}: {memory}")
     if document["gpus"]:
         print()
         _gpu_table(document["gpus"])
     for text in document["notes"]:
         print(f"note: {printable(text)}")
+
+
+def _held(replica: Mapping[str, Any]) -> str:
+    held = replica["memory"]["held_mib"] if replica["memory"] else None
+    return "-" if held is None else gib(held)
+
+
+def _measured(replica: Mapping[str, Any]) -> str:
+    """What was measured of a replica that is ready, beside what was estimated before; empty where one is not known."""
+    memory = replica["memory"] or {}
+    before, seen = memory.get("estimated"), memory.get("measured")
+    if replica["phase"] != "Ready" or not (before and seen):
+        return ""
+    pairs = (
+        ("weights", "weights_mib", gib),
+        ("beside its KV cache", "beside_kv_mib", gib),
+        ("tokens in it", "kv_tokens", "{:,}".format),
+    )
+    told = (
+        f"{name} {show(seen[key])} (estimated {show(before[key])})"
+        for name, key, show in pairs
+        if seen[key] and before[key]
+    )
+    return ", ".join(told)
 
 
 def _reason(replica: Mapping[str, Any], now: float) -> str:

@@ -8,10 +8,10 @@ from itertools import combinations
 
 from sage_reconcile.core.lifecycle import StopCause, gpu_faults
 from sage_reconcile.core.observed import Gpu, Link, Observed
-from sage_reconcile.core.placement import books, needs
+from sage_reconcile.core.placement import Placement, books, needs, promise_of
 from sage_reconcile.core.plan import Action, Kept, Plan, Proposal, Unplaced
 from sage_reconcile.core.plan_text import way_lines
-from sage_reconcile.core.promise import Breakdown, made_of
+from sage_reconcile.core.promise import Breakdown
 from sage_reconcile.core.reasons import Book, bar, gib, gpu_names, pinned
 from sage_reconcile.core.spec import Desired, Engine
 
@@ -89,12 +89,11 @@ def _made_of(engine: Engine, observed: Observed, kept: Kept | None, pages: Seque
     """What its promise is made of where it runs; else what it would need of the GPU with most room."""
     if not engine.spec.gpu_count or not pages:
         return None
-    facts = observed.models.get(engine.spec.model_at)
     if kept is not None:
-        return made_of(engine.spec, kept.launch.memory_mib, kept.gpus[0], facts) if kept.gpus else None
+        return promise_of(engine, Placement(kept.gpus, kept.launch.memory_mib), observed)[0]
     best = max(pages, key=lambda page: page.taken.free_mib)
     need = needs(engine, best, observed)
-    return made_of(engine.spec, need, best.gpu, facts) if need else None
+    return promise_of(engine, Placement((best.gpu,), need), observed)[0] if need else None
 
 
 def _cause(spawn: Action, ends: Action | None) -> list[str]:

@@ -31,7 +31,7 @@ def gpu_rows(host: HostSpec, observed: Observed) -> list[dict[str, Any]]:
     return [_row(host, gpu, on[gpu.uuid]) for gpu in sorted(observed.gpus, key=lambda item: item.index)]
 
 
-def lasting(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def lasting_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows without what changes at every look, as for a report that is kept."""
     return [{**row, **dict.fromkeys(_VOLATILE)} for row in rows]
 

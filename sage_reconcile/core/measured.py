@@ -16,7 +16,7 @@ from sage_reconcile.core.startup_figures import StartupFigures
 
 _FIELDS = (
     *("runtime", "device", "model", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
-    *("context", "kv_cache"),
+    "context",
 )
 _IDLE_FLAGS = {
     *("access-log", "allow-credentials", "allowed-headers", "allowed-media-domains", "allowed-methods"),
@@ -40,8 +40,9 @@ class Measured:
     """What the starts of one kind took.
 
     ``held_mib`` is the most that the driver showed its processes to hold on one GPU, when it was ready and since, with
-    ``promised_mib`` of each; None where the driver does not tell, or none has got ready yet. ``kv_tokens`` and the
-    blocks are of the KV cache with that promise. ``starts`` is how many got ready, ``at`` when the last one did
+    ``promised_mib`` of each; None where the driver does not tell, or none has got ready yet. ``beside_kv_mib`` is the
+    most that any of them took of a GPU beside its KV cache; None where that could not be told apart. ``kv_tokens`` and
+    the blocks are of the KV cache with that promise. ``starts`` is how many got ready, ``at`` when the last one did
     (seconds since the epoch), ``startup_s`` how long that one took. ``needed_mib`` is the promise that would do for
     one that failed for want of memory, until one gets ready. ``marks`` are keyed digests, by ``salt``, of the hidden
     values that count.
@@ -51,6 +52,7 @@ class Measured:
     vllm_version: str = ""
     promised_mib: int = 0
     held_mib: int | None = None
+    beside_kv_mib: int | None = None
     kv_tokens: int | None = None
     kv_blocks: int | None = None
     block_tokens: int | None = None
@@ -66,6 +68,11 @@ class Measured:
     def key(self) -> str:
         """Under what it is kept: one for each version of vLLM."""
         return f"{self.vllm_version} {self.subject}"
+
+    @property
+    def gpu_name(self) -> str:
+        """The model of the GPUs that it was on; empty where it was on none."""
+        return str(json.loads(self.subject)[0])
 
     @property
     def outgrew(self) -> bool:
@@ -144,3 +151,27 @@ def newest(items: Iterable[Measured], most: int) -> dict[str, Measured]:
     """So many of them, those of the latest starts, by their key."""
     kept = sorted(items, key=lambda item: (item.at, item.key))[-most:]
     return {item.key: item for item in kept}
+
+
+def beside_kv_mib(figures: StartupFigures, held_mib: int | None, kv_bytes: int, outside_mib: int) -> int | None:
+    """What a start took of a GPU beside its KV cache, in MiB; None where that cannot be told apart.
+
+    What the driver shows its processes to hold, less the cache: ``kv_bytes`` where its size was given (0: it was not),
+    else what vLLM found to be left for it. Where the driver does not tell (in a container, the pids are others), vLLM's
+    own budget stands for it, with ``outside_mib`` that it does not count.
+    """
+    cache = kv_bytes >> 20 if kv_bytes else figures.kv_available_mib
+    if held_mib is None and not kv_bytes and figures.requested_mib is not None:
+        held_mib = figures.requested_mib + outside_mib
+    if held_mib is None or cache is None or not 0 < cache < held_mib:
+        return None
+    return held_mib - cache
+
+
+def cuda_totals(measured: Mapping[str, Measured]) -> dict[str, int]:
+    """The total of each model of GPU as CUDA told it at past starts, in MiB; of several the smallest."""
+    totals: dict[str, int] = {}
+    for item in measured.values():
+        if item.figures.cuda_total_mib:
+            totals[item.gpu_name] = min(item.figures.cuda_total_mib, totals.get(item.gpu_name, 1 << 40))
+    return totals

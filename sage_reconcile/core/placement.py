@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sage_reconcile.core.memory import launches_by_gpu, occupancy
 from sage_reconcile.core.observed import ComputeMode, Gpu, Launch, Link, Observed, link_groups
 from sage_reconcile.core.packing import BUDGET, pack
-from sage_reconcile.core.promise import Breakdown, made_of, nearest_ways, promised_mib
+from sage_reconcile.core.promise import Breakdown, Known, known_of, kv_bytes, made_of, nearest_ways, promised_mib
 from sage_reconcile.core.reasons import WORST_LINK, Book, barred, blocked, impossible, no_room, pinned
 from sage_reconcile.core.slots import Item, Option, Slot
 from sage_reconcile.core.spec import Desired, Engine
@@ -102,7 +102,7 @@ def books(desired: Desired, observed: Observed, leaving: frozenset[str]) -> list
 def needs(engine: Engine, book: Book, observed: Observed) -> int | None:
     """MiB that a replica of this engine needs of this GPU; None where that cannot be told."""
     headroom = book.taken.kept_back_mib - book.gpu.memory_reserved_mib
-    return promised_mib(engine.spec, book.gpu, observed.models.get(engine.spec.model_at), headroom)
+    return promised_mib(engine.spec, book.gpu, known_of(engine, book.gpu, observed), headroom)
 
 
 class _Placing:
@@ -237,7 +237,7 @@ class _Placing:
             for book in self.books
             if pinned(engine, book.gpu) and not book.gpu.problem
         ]
-        return nearest_ways(engine.spec, usable, self.observed.models.get(engine.spec.model_at))
+        return nearest_ways(engine.spec, usable, Known(self.observed.models.get(engine.spec.model_at)))
 
     def _reason(self, engine: Engine, *, proven: bool) -> str:
         needs = [self._need(engine, book) or 0 for book in self.books]
@@ -245,13 +245,17 @@ class _Placing:
         return no_room(engine, self.books, needs, groups, proven=proven)
 
 
-def breakdown(engine: Engine, placement: Placement, observed: Observed) -> Breakdown | None:
-    """What is promised there, part by part: of several GPUs on the smallest, which decides."""
+def promise_of(engine: Engine, placement: Placement, observed: Observed) -> tuple[Breakdown | None, int]:
+    """What is promised there, part by part, and the size that its KV cache is given (0: what is left).
+
+    Of several GPUs on the smallest, which decides.
+    """
     if not placement.gpus:
-        return None
+        return None, 0
     smallest = min(placement.gpus, key=lambda gpu: gpu.memory_total_mib)
-    facts = observed.models.get(engine.spec.model_at)
-    return made_of(engine.spec, placement.memory_mib, smallest, facts)
+    known = known_of(engine, smallest, observed)
+    found = made_of(engine.spec, placement.memory_mib, smallest, known)
+    return found, kv_bytes(engine.spec, placement.memory_mib, smallest, known)
 
 
 def launch_gpus(launch: Launch, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:

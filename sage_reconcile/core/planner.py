@@ -9,12 +9,11 @@ from sage_reconcile.core.lanes import Lanes
 from sage_reconcile.core.lifecycle import StopCause, failed, failures, how_it_failed, next_try
 from sage_reconcile.core.making_room import MakingRoom, Room, as_move, in_order
 from sage_reconcile.core.observed import Launch, Life, Observed
-from sage_reconcile.core.placement import Placement, Refusal, Request, breakdown, launch_gpus, place
+from sage_reconcile.core.placement import Placement, Refusal, Request, launch_gpus, place, promise_of
 from sage_reconcile.core.plan import Action, Kept, Kind, Move, Plan, Proposal, Unplaced
 from sage_reconcile.core.ports import Lease, Ports
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.core.standing import Standing, end
-from sage_reconcile.core.units import MIB
 
 _KINDS: tuple[Kind, ...] = ("reap", "kill", "stop", "spawn")
 _RETURNING = (StopCause.CHANGED, StopCause.MOVED)
@@ -257,6 +256,7 @@ class _Planner:
         placement, lease = result
         keys = (replica, *lease.ports, *(gpu.uuid for gpu in placement.gpus))
         cause, not_before, restarts, failed_before = self._history(request)
+        breakdown, kv_bytes = promise_of(request.engine, placement, self.observed)
         waiting = lanes.waits(keys, placement.gpus, placement.memory_mib)
         if self.stranded and not request.returning:
             waiting = (*waiting, f"{', '.join(self.stranded)} to have a place again")
@@ -283,8 +283,8 @@ class _Planner:
             failures=failed_before,
             predecessor=predecessor,
             blocked=placement.blocked,
-            made_of=breakdown(request.engine, placement, self.observed),
-            kv_bytes=(request.engine.spec.kv_cache or 0) * MIB,
+            made_of=breakdown,
+            kv_bytes=kv_bytes,
         )
         if not (held_back or action.blocked):
             lanes.starts(action)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from sage_reconcile.core.measured import Measured, find
 from sage_reconcile.core.memory import IDLE_MIB
-from sage_reconcile.core.observed import Gpu, ModelFacts
-from sage_reconcile.core.spec import EngineSpec
+from sage_reconcile.core.observed import Gpu, ModelFacts, Observed
+from sage_reconcile.core.resolve import secret_marks
+from sage_reconcile.core.spec import Engine, EngineSpec
 from sage_reconcile.core.units import MIB
 
 if TYPE_CHECKING:
@@ -22,42 +24,115 @@ _OUTSIDE_MARGIN_MIB = 91
 """For what the context takes more elsewhere than where it was measured."""
 
 
-def promised_mib(spec: EngineSpec, gpu: Gpu, facts: ModelFacts | None, headroom_mib: int = 0) -> int | None:
+SPARE_MIB = 150
+"""What is left beside a KV cache of a given size for what a start takes more than the ones before it: vLLM's own
+``redundancy_buffer_memory`` (``v1/worker/gpu_worker.py``)."""
+
+
+class Known(NamedTuple):
+    """What is known of an engine before it starts: what was read of its model, and what past starts of it took."""
+
+    facts: ModelFacts | None = None
+    measured: Measured | None = None
+
+
+def known_of(engine: Engine, gpu: Gpu, observed: Observed) -> Known:
+    """What is known of an engine that is to start on such a GPU."""
+    facts = observed.models.get(engine.spec.model_at)
+    if not observed.measured:
+        return Known(facts)
+    return Known(
+        facts, find(observed.measured, engine.record, gpu.name, lambda salt: secret_marks(engine.secrets, salt))
+    )
+
+
+def promised_mib(spec: EngineSpec, gpu: Gpu, known: Known, headroom_mib: int = 0) -> int | None:
     """MiB that a replica of this engine is promised on this GPU; None where ``auto`` cannot be worked out.
 
     ``all`` is what can be given of the GPU, but for what an idle driver may show as used. ``manual`` is what vLLM will
-    take by its flags in ``args``; what it does take is seen when it runs.
+    take by its flags in ``args``; what it does take is seen when it runs. A size that a start with it has outgrown is
+    raised to what that took, unless its KV cache can be given a size that keeps it inside.
     """
     usable = max(0, gpu.memory_total_mib - gpu.memory_reserved_mib - headroom_mib)
     match spec.memory.kind:
         case "mib":
-            return int(spec.memory.amount)
+            return _raised(spec, int(spec.memory.amount), gpu, known)
         case "percent":
-            return int(gpu.memory_total_mib * spec.memory.amount / 100)
+            return _raised(spec, int(gpu.memory_total_mib * spec.memory.amount / 100), gpu, known)
         case "all":
             return max(0, usable - IDLE_MIB)
         case "manual":
-            return min(usable, _by_its_flags(spec, gpu, facts))
+            return min(usable, _by_its_flags(spec, gpu, known.facts))
         case "auto":
-            return automatic_mib(spec, gpu, facts)
+            return automatic_mib(spec, gpu, known)
 
 
-def automatic_mib(spec: EngineSpec, gpu: Gpu, facts: ModelFacts | None) -> int | None:
+def _raised(spec: EngineSpec, mib: int, gpu: Gpu, known: Known) -> int:
+    seen = known.measured
+    if seen is None or not seen.outgrew or seen.promised_mib != mib or kv_bytes(spec, mib, gpu, known):
+        return mib
+    return max(mib, seen.held_mib or 0)
+
+
+def automatic_mib(spec: EngineSpec, gpu: Gpu, known: Known) -> int | None:
     """MiB per GPU for ``memory: auto``; None where nothing tells the model's size.
 
     Room for ``concurrency`` requests (one, where it is not given) of the longest ``context``, else of what the model is
-    made for, which is what vLLM asks of its KV cache before it starts; or a KV cache of ``kv_cache``. Where the model
-    was not read, what its name tells.
+    made for, which is what vLLM asks of its KV cache before it starts; or a KV cache of ``kv_cache``. What else it
+    takes is what past starts took; before the first one it is estimated, and where the model was not read, guessed
+    from its name. Where a start failed for want of memory, at the least the number that would have done.
     """
+    seen = known.measured
+    least = (seen.needed_mib or 0) if seen else 0
+    cache = _asked_cache_mib(spec, gpu, known)
+    if seen is not None and seen.beside_kv_mib is not None and cache is not None:
+        return max(least, seen.beside_kv_mib + SPARE_MIB + cache)
+    sized = _sized(spec, gpu, known.facts)
+    if sized is not None:
+        return max(least, sized.total_mib)
     # 15 ms of every start, and wanted only where a size has to be worked out
     from sage_reconcile.core.sizing import guess  # noqa: PLC0415
     from sage_reconcile.core.workload import workload  # noqa: PLC0415
 
-    sized = _sized(spec, gpu, facts)
-    if sized is not None:
-        return sized.total_mib
     parts = guess(spec.model or "", workload(spec))
-    return sum(part.mib for part in parts) if parts else None
+    held = (seen.held_mib or 0) if seen else 0
+    return max(least, held, sum(part.mib for part in parts)) if parts else max(least, held) or None
+
+
+def _asked_cache_mib(spec: EngineSpec, gpu: Gpu, known: Known) -> int | None:
+    """MiB of the KV cache that the entry asks for; at the least one request. None where that cannot be told.
+
+    Of a model that was not read, what its tokens took at a past start.
+    """
+    if spec.kv_cache:
+        return spec.kv_cache
+    sized = _sized(spec, gpu, known.facts)
+    if sized is not None:
+        return math.ceil(sized.kv_bytes / MIB)
+    figures = known.measured.figures if known.measured else None
+    if figures is None or not (figures.kv_tokens and figures.kv_available_mib and figures.context_tokens):
+        return None
+    each = figures.kv_available_mib / figures.kv_tokens
+    return math.ceil(each * (spec.context or figures.context_tokens) * (spec.concurrency or 1))
+
+
+def kv_bytes(spec: EngineSpec, memory_mib: int, gpu: Gpu, known: Known) -> int:
+    """The size that vLLM's KV cache is given; 0 where it shall take what it finds to be left.
+
+    That of ``kv_cache``; else, once it was measured what a start takes beside it, what is left of the promise. Then a
+    start does not depend on what its neighbours do meanwhile: vLLM charges it with all that changes on the GPU while
+    it measures (vllm#55827). Not where that is less than the entry asks for: then vLLM tells what is missing.
+    """
+    if spec.runtime == "command" or spec.memory.kind == "manual" or not spec.gpu_count:
+        return 0
+    if spec.kv_cache:
+        return spec.kv_cache * MIB
+    seen = known.measured
+    asked = _asked_cache_mib(spec, gpu, known)
+    if seen is None or seen.beside_kv_mib is None or asked is None:
+        return 0
+    left = memory_mib - seen.beside_kv_mib - SPARE_MIB
+    return left * MIB if left >= max(asked, 1) else 0
 
 
 def _sized(spec: EngineSpec, gpu: Gpu, facts: ModelFacts | None) -> Sizing | None:
@@ -77,7 +152,7 @@ def _by_its_flags(spec: EngineSpec, gpu: Gpu, facts: ModelFacts | None) -> int:
         share = float(str(spec.args.get("gpu-memory-utilization", DEFAULT_UTILIZATION)))
     except ValueError:
         share = 1.0  # vLLM will refuse it
-    return math.ceil(share * cuda_total_mib(gpu)) + outside_mib(spec)
+    return math.ceil(share * cuda_total_mib(gpu)) + outside_mib(spec.runtime, _ranks(spec))
 
 
 def cuda_total_mib(gpu: Gpu) -> int:
@@ -88,18 +163,21 @@ def cuda_total_mib(gpu: Gpu) -> int:
     return gpu.cuda_total_mib or max(1, gpu.memory_total_mib - gpu.memory_reserved_mib)
 
 
-def outside_mib(spec: EngineSpec) -> int:
+def outside_mib(runtime: str, ranks: int) -> int:
     """MiB of an engine that vLLM does not count: CUDA's context and NCCL, as they were measured.
 
     Of several ranks what they take with experts, since nothing here tells whether the model has any. The simulator has
     no context.
     """
-    if spec.runtime != "vllm":
+    if runtime != "vllm":
         return 0
     from sage_reconcile.core.sizing import CONTEXT_EXPERTS_MIB, CONTEXT_ONE_RANK_MIB  # noqa: PLC0415 - as above
 
-    ranks = spec.tensor_parallel_size * spec.pipeline_parallel_size
     return (CONTEXT_EXPERTS_MIB if ranks > 1 else CONTEXT_ONE_RANK_MIB) + _OUTSIDE_MARGIN_MIB
+
+
+def _ranks(spec: EngineSpec) -> int:
+    return spec.tensor_parallel_size * spec.pipeline_parallel_size
 
 
 def utilization(spec: EngineSpec, memory_mib: int, gpu: Gpu) -> float:
@@ -108,7 +186,7 @@ def utilization(spec: EngineSpec, memory_mib: int, gpu: Gpu) -> float:
     vLLM takes this share of the GPU for weights, activations and KV cache; the CUDA context and NCCL come on top, so
     they are taken off first. Rounded down to six decimals.
     """
-    share = max(0, memory_mib - outside_mib(spec)) / cuda_total_mib(gpu)
+    share = max(0, memory_mib - outside_mib(spec.runtime, _ranks(spec))) / cuda_total_mib(gpu)
     return math.floor(min(share, 1.0) * 1e6) / 1e6
 
 
@@ -117,7 +195,7 @@ class Breakdown:
     """A promise on one GPU, part by part: its KV cache is what the other parts leave.
 
     ``kv_tokens`` fit into it, or ``requests`` of ``context`` tokens each. ``needed_mib`` is what the entry asks for, at
-    the least one such request: with less it will hardly start.
+    the least one such request: with less it will hardly start; ``cache_mib`` is the KV cache in that.
     """
 
     parts: tuple[Part, ...]
@@ -125,6 +203,7 @@ class Breakdown:
     context: int = 0
     requests: float = 0.0
     needed_mib: int = 0
+    cache_mib: int = 0
 
     @property
     def total_mib(self) -> int:
@@ -137,19 +216,45 @@ class Breakdown:
         return str(next(part.confidence for part in self.parts if part.name == "weights"))
 
 
-def made_of(spec: EngineSpec, memory_mib: int, gpu: Gpu, facts: ModelFacts | None) -> Breakdown | None:
+def made_of(spec: EngineSpec, memory_mib: int, gpu: Gpu, known: Known) -> Breakdown | None:
     """What a promise of ``memory_mib`` on this GPU is made of; None where nothing is known of the model."""
-    sized = _sized(spec, gpu, facts)
+    sized = _sized(spec, gpu, known.facts)
     if sized is None:
         return _guessed(spec, memory_mib) if spec.memory.kind == "auto" else None
-    others = sum(part.mib for part in sized.parts if part.name != "kv_cache")
+    parts = _with_measured(sized, known.measured)
+    others = sum(part.mib for part in parts if part.name != "kv_cache")
     pool_mib = max(0, memory_mib - others)
+    cache = next(part.mib for part in parts if part.name == "kv_cache")
     return Breakdown(
-        parts=tuple(part._replace(mib=pool_mib) if part.name == "kv_cache" else part for part in sized.parts),
+        parts=tuple(part._replace(mib=pool_mib) if part.name == "kv_cache" else part for part in parts),
         kv_tokens=sized.layout.tokens_in(pool_mib * MIB),
         context=sized.context,
         requests=round(sized.layout.requests_in(pool_mib * MIB, sized.context, sized.in_flight), 2),
-        needed_mib=sized.total_mib,
+        needed_mib=others + cache,
+        cache_mib=cache,
+    )
+
+
+def _with_measured(sized: Sizing, seen: Measured | None) -> tuple[Part, ...]:
+    """The parts, those that a past start told in place of what was estimated; the context is what is left of it."""
+    if seen is None or seen.beside_kv_mib is None:
+        return sized.parts
+    from sage_reconcile.core.sizing import Confidence  # noqa: PLC0415 - see automatic_mib
+
+    figures = seen.figures
+    told = {
+        "weights": figures.weights_mib,
+        "activation": figures.activation_mib,
+        "cuda_graphs": figures.cuda_graphs_mib,
+    }
+    found = {name: max(0, mib) for name, mib in told.items() if mib is not None}
+    rest = seen.beside_kv_mib - sum(found.values())
+    if "weights" not in found or rest < 0:
+        return sized.parts
+    found |= {"context": rest, "margin": SPARE_MIB}
+    return tuple(
+        part if part.name == "kv_cache" else part._replace(mib=found.get(part.name, 0), confidence=Confidence.MEASURED)
+        for part in sized.parts
     )
 
 
@@ -161,7 +266,7 @@ def _guessed(spec: EngineSpec, memory_mib: int) -> Breakdown | None:
     return Breakdown(parts) if parts and sum(part.mib for part in parts) == memory_mib else None
 
 
-def nearest_ways(spec: EngineSpec, gpus: Sequence[tuple[Gpu, int]], facts: ModelFacts | None) -> tuple[Way, ...]:
+def nearest_ways(spec: EngineSpec, gpus: Sequence[tuple[Gpu, int]], known: Known) -> tuple[Way, ...]:
     """What would make an engine fit that is too large for each of these GPUs, even empty; see ``ways_to_fit``.
 
     ``gpus`` go with the MiB that can be given of each when nothing is there. The ways are for the model of which most
@@ -174,10 +279,10 @@ def nearest_ways(spec: EngineSpec, gpus: Sequence[tuple[Gpu, int]], facts: Model
     from sage_reconcile.core.workload import workload  # noqa: PLC0415
 
     for gpu, usable_mib in gpus:
-        need = automatic_mib(spec, gpu, facts)
+        need = automatic_mib(spec, gpu, known)
         if need is None or need <= usable_mib:
             return ()
     best, usable_mib = max(gpus, key=lambda item: item[1])
     count = sum(gpu.name == best.name for gpu, _ in gpus)
     card = Card(best.name, best.memory_total_mib)
-    return ways_to_fit(spec.model or "", workload(spec), facts, card, usable_mib=usable_mib, count=count)
+    return ways_to_fit(spec.model or "", workload(spec), known.facts, card, usable_mib=usable_mib, count=count)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sage_reconcile.core.failure import Failure
-from sage_reconcile.core.gpu_report import gpu_rows
+from sage_reconcile.core.gpu_report import gpu_rows, lasting_rows
 from sage_reconcile.core.lifecycle import Phase, StopCause, fault_note, gpu_faults, next_try, phase
+from sage_reconcile.core.memory_report import memory_document
 from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
 from sage_reconcile.core.plan import Action, Move, Plan, Proposal
 from sage_reconcile.core.plan_text import summary
@@ -135,6 +136,15 @@ def status_document(desired: Desired, observed: Observed, plan: Plan, now: float
     }
 
 
+def lasting(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A status without what changes at every look, as for a report that is kept."""
+    engines = []
+    for engine in document["engines"]:
+        rows = [{**row, "memory": row["memory"] and {**row["memory"], "held_mib": None}} for row in engine["replicas"]]
+        engines.append({**engine, "replicas": rows})
+    return {**document, "engines": engines, "gpus": lasting_rows(document["gpus"])}
+
+
 def _engine(
     engine: Engine, launches: dict[str, list[Launch]], observed: Observed, plan: Plan, now: float
 ) -> dict[str, Any]:
@@ -154,6 +164,8 @@ def _engine(
         row = _replica(name, launch, observed, now, wanted=name in wanted)
         if row is not None:
             row["unplaced"] = name in refused and not plan.making_room
+            if launch is not None and launch.holds and launch.gpus:
+                row["memory"] = memory_document(engine, launch, observed)
             if row["phase"] == Phase.PENDING or name in refused:
                 row["reason"] = "; ".join(part for part in (row["reason"], reasons.get(name)) if part)
             elif row["launch"] in moves:
@@ -222,6 +234,7 @@ def _replica(
         "endpoint": None,
         "gpus": [],
         "memory_mib": 0,
+        "memory": None,
         "restarts": 0,
         "started_at": None,
         "next_try_at": None,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from sage_reconcile.core.drift import Change, changes
 from sage_reconcile.core.lifecycle import StopCause, failed, fault_note, how_it_failed, stop_deadline
 from sage_reconcile.core.memory import lingering
+from sage_reconcile.core.memory_report import outgrown
 from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
 from sage_reconcile.core.plan import Action, Kind
 from sage_reconcile.core.reasons import gpu_names
@@ -101,8 +102,7 @@ class Standing:
                     self.kept.setdefault(launch.replica, launch)
             case Life.ALIVE:
                 self._sort_alive(launch, engine, wanted)
-        if note := fault_note(launch, self.observed):
-            self.notes.append(note)
+        self.notes += [note for note in (fault_note(launch, self.observed), outgrown(launch)) if note]
 
     def _sort_ended(self, launch: Launch, wanted: Engine | None) -> None:
         """Of a replica that is wanted the last ended launch stays known: its port, failures and log.

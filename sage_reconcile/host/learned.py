@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sage_reconcile.core.failure import Failure, FailureKind, Started
-from sage_reconcile.core.measured import Measured, counting_marks, newest, subject
+from sage_reconcile.core.measured import Measured, beside_kv_mib, counting_marks, newest, subject
 from sage_reconcile.core.observed import Gpu
+from sage_reconcile.core.promise import outside_mib
 from sage_reconcile.core.resolve import secret_marks
 from sage_reconcile.core.spec import Engine
 from sage_reconcile.core.startup_figures import StartupFigures, startup_figures
@@ -117,6 +118,7 @@ class Learned:
             vllm_version=figures.vllm_version or "",
             promised_mib=record.memory_mib,
             held_mib=held,
+            beside_kv_mib=_beside_kv_mib(record, figures, held),
             kv_tokens=figures.kv_tokens if figures.kv_tokens is not None else metrics.kv_tokens,
             kv_blocks=metrics.kv_blocks,
             block_tokens=metrics.block_tokens,
@@ -136,7 +138,8 @@ class Learned:
         for entry in self.read().values():
             same = entry.subject == wanted and entry.promised_mib == record.memory_mib
             if same and entry.salt == record.id and held >= (entry.held_mib or 0) + _GROWN_MIB:
-                self._write(dataclasses.replace(entry, held_mib=held))
+                beside = _larger(entry.beside_kv_mib, _beside_kv_mib(record, entry.figures, held))
+                self._write(dataclasses.replace(entry, held_mib=held, beside_kv_mib=beside))
                 return
 
     def _failed(self, record: Record, gpu_name: str, seen: Seen) -> None:
@@ -174,16 +177,25 @@ class Learned:
         write_atomically(self.path, json.dumps(data))
 
 
+def _larger(one: int | None, other: int | None) -> int | None:
+    return max((mib for mib in (one, other) if mib is not None), default=None)
+
+
+def _beside_kv_mib(record: Record, figures: StartupFigures, held: int | None) -> int | None:
+    ranks = int(record.spec.get("tensor_parallel_size") or 1) * int(record.spec.get("pipeline_parallel_size") or 1)
+    return beside_kv_mib(figures, held, record.kv_bytes, outside_mib(str(record.spec.get("runtime")), ranks))
+
+
 def _joined(before: Measured, new: Measured) -> Measured:
     """A start after others: what it did not tell (a pinned KV cache is not measured again) is still what it was."""
     alike = before.promised_mib == new.promised_mib
     kept = {} if alike else {"pin_kv_cache_bytes", "requested_mib", "kv_available_mib", "kv_tokens", "max_concurrency"}
     told = {name: value for name, value in asdict(new.figures).items() if value is not None}
     known = {name: value for name, value in asdict(before.figures).items() if name not in kept}
-    most = max((held for held in (before.held_mib, new.held_mib) if held is not None), default=None)
     return dataclasses.replace(
         new,
-        held_mib=most if alike else new.held_mib,
+        held_mib=_larger(before.held_mib, new.held_mib) if alike else new.held_mib,
+        beside_kv_mib=_larger(before.beside_kv_mib, new.beside_kv_mib),
         figures=StartupFigures(**{**known, **told}),
         starts=before.starts + 1,
     )

@@ -17,6 +17,7 @@ from sage_reconcile.core import startup_log
 from sage_reconcile.core.command import command_line, environment, inner_base
 from sage_reconcile.core.declared import declared_gpus, declared_links
 from sage_reconcile.core.failure import Failure
+from sage_reconcile.core.measured import cuda_totals
 from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Links, Observed, Port
 from sage_reconcile.core.plan import Action
 from sage_reconcile.core.resolve import secret_marks
@@ -93,6 +94,8 @@ class LocalHost:
         self._found = {record.id: found[record.id] for record in records}
         self._logs = [Path(record.log_path) for record in records if not record.ended]
         ready = self._ready(records, found)
+        totals = cuda_totals(self._learned.read())
+        gpus = tuple(dataclasses.replace(gpu, cuda_total_mib=totals.get(gpu.name)) for gpu in gpus)
         owned = tuple(self._owned(gpu, records) for gpu in gpus)
         failures = {record.id: self._failure(record, found[record.id], desired) for record in records}
         if self.writes:
@@ -289,6 +292,7 @@ class LocalHost:
             inner_port=action.inner_ports.start,
             inner_count=len(action.inner_ports),
             oom_kills=oom.kills(),
+            kv_bytes=action.kv_bytes,
         )
         argv = command_line(
             engine.spec,

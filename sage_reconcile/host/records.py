@@ -29,7 +29,7 @@ class Record:
     ``leader`` is ``[pid, start ticks, pidfd inode]``; ``members`` are the other processes of the session
     seen when it got ready, in the same form. ``inner_count`` ports from ``inner_port`` on are its inner ones.
     ``failure`` is why it failed, ``kv_tokens`` what its KV cache holds, ``oom_kills`` how many processes the kernel
-    had killed for want of memory in our cgroup when it was started.
+    had killed for want of memory in our cgroup when it was started, ``kv_bytes`` the size that its KV cache was given.
     """
 
     id: str
@@ -62,13 +62,14 @@ class Record:
     failure: dict[str, Any] = field(default_factory=dict)
     kv_tokens: int | None = None
     oom_kills: int = 0
+    kv_bytes: int = 0
 
 
 _REQUIRED = {"id", "engine_name", "index", "spec", "gpus", "memory_mib", "port"}
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("id", "engine_name", "bind", "boot_id", "stop_cause", "log_path", "predecessor"), (str,)),
     **dict.fromkeys(("index", "memory_mib", "port", "version", "restarts", "failures"), (int,)),
-    **dict.fromkeys(("inner_port", "inner_count", "oom_kills"), (int,)),
+    **dict.fromkeys(("inner_port", "inner_count", "oom_kills", "kv_bytes"), (int,)),
     **dict.fromkeys(("spec", "secret_marks", "failure"), (dict,)),
     **dict.fromkeys(("gpus", "leader", "members", "destination"), (list,)),
     **dict.fromkeys(("ready_at", "stopping_since", "ended_at"), (int, float, type(None))),

@@ -6,9 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from sage_reconcile.core.measured import Measured, counting_marks, find, newest, subject
+from sage_reconcile.core.measured import (
+    Measured,
+    beside_kv_mib,
+    counting_marks,
+    cuda_totals,
+    find,
+    newest,
+    subject,
+)
 from sage_reconcile.core.resolve import secret_marks
 from sage_reconcile.core.spec import Engine
+from sage_reconcile.core.startup_figures import StartupFigures
 from tests.reading import desired
 
 CHAT = "version: 1\nhost: {gpus: none}\nengines:\n  chat:\n    model: org/chat\n"
@@ -36,6 +45,8 @@ def look_up(entry: Engine, *items: Measured, gpu: str = "H100", version: str | N
         "replicas: 3",
         "priority: 5",
         "memory: 30GiB",
+        "kv_cache: 4GiB",
+        "concurrency: 4",
         "served_model_name: other",
         "startup_timeout: 1h",
         "args: {seed: 3, uvicorn-log-level: debug, disable-log-requests: true}",
@@ -57,7 +68,6 @@ def test_what_memory_does_not_depend_on_does_not_matter(more: str) -> None:
         "runtime: simulator",
         "device: cpu",
         "context: 4096",
-        "kv_cache: 4GiB",
         "args: {max-num-seqs: 8}",
         "args: {never-heard-of: 1}",
         "args: {simulate-weights-mib: 100}",
@@ -114,3 +124,31 @@ def test_who_holds_more_than_promised_outgrew_it() -> None:
     assert not replace(item, held_mib=100).outgrew
     assert replace(item, held_mib=101).outgrew
     assert not replace(item, promised_mib=0, held_mib=101).outgrew
+
+
+@pytest.mark.parametrize(
+    ("figures", "held", "kv_bytes", "expected"),
+    [
+        ({"kv_available_mib": 4000}, 20000, 0, 16000),
+        ({"kv_available_mib": 4000}, 20000, 3000 << 20, 17000),
+        ({}, 20000, 3000 << 20, 17000),
+        ({}, 20000, 0, None),
+        ({"kv_available_mib": 4000, "requested_mib": 19000}, None, 0, 15614),
+        ({"kv_available_mib": 4000}, None, 0, None),
+        ({"kv_available_mib": 4000, "requested_mib": 19000}, None, 3000 << 20, None),
+        ({"kv_available_mib": -10}, 20000, 0, None),
+        ({"kv_available_mib": 21000}, 20000, 0, None),
+    ],
+)
+def test_what_a_start_took_beside_its_kv_cache(
+    figures: dict[str, int], held: int | None, kv_bytes: int, expected: int | None
+) -> None:
+    assert beside_kv_mib(StartupFigures(**figures), held, kv_bytes, 614) == expected
+
+
+def test_cudas_total_is_the_smallest_that_was_told_of_such_a_gpu() -> None:
+    def item(gpu: str, total: int | None, **fields: object) -> Measured:
+        return Measured(subject({"model": "m", **fields}, gpu), figures=StartupFigures(cuda_total_mib=total))
+
+    told = [item("H100", 81091), item("H100", 81090, runtime="x"), item("L4", None), item("A100", 81050)]
+    assert cuda_totals({str(number): one for number, one in enumerate(told)}) == {"H100": 81090, "A100": 81050}

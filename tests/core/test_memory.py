@@ -13,7 +13,7 @@ from sage_reconcile.core.memory import (
     occupancy,
 )
 from sage_reconcile.core.observed import Gpu, GpuProcess, Launch, Life, Observed
-from sage_reconcile.core.promise import promised_mib
+from sage_reconcile.core.promise import Known, promised_mib
 from sage_reconcile.core.spec import EngineSpec
 
 GIB = 1024
@@ -51,7 +51,7 @@ def card(*processes: GpuProcess, used: int | None = None, **fields: Any) -> Gpu:
     [("20GiB", 4), ("39.9GiB", 2), ("40GiB", 2), ("40.1GiB", 1), ("79GiB", 1), ("80GiB", 1), ("80.1GiB", 0)],
 )
 def test_how_many_fit_an_80_gib_card(memory: str, fits: int) -> None:
-    need = promised_mib(spec(memory=memory), CARD, None)
+    need = promised_mib(spec(memory=memory), CARD, Known())
     assert need is not None
     launches: list[Launch] = []
     while len(launches) <= fits and occupancy(CARD, launches, 0).free_mib >= need:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from sage_reconcile.core.failure import Failure, FailureKind
-from sage_reconcile.core.gpu_report import gpu_document, gpu_rows, lasting
+from sage_reconcile.core.gpu_report import gpu_document, gpu_rows, lasting_rows
 from sage_reconcile.core.host_spec import HostSpec
 from sage_reconcile.core.observed import GpuProcess, Link, Observed
 from sage_reconcile.core.planner import make_plan
@@ -146,7 +146,7 @@ def test_links_are_told_of_each_pair_with_how_many_where_that_is_known() -> None
 def test_what_changes_at_every_look_is_not_kept() -> None:
     observed = machine(FINE)
     warm = replace(observed.gpus[0], utilization_percent=90, temperature_c=70, power_w=600.5, numa_node=1)
-    (kept,) = lasting(gpu_rows(HostSpec(), replace(observed, gpus=(warm,))))
+    (kept,) = lasting_rows(gpu_rows(HostSpec(), replace(observed, gpus=(warm,))))
     assert (kept["utilization_percent"], kept["temperature_c"], kept["power_w"]) == (None, None, None)
     assert (kept["numa_node"], kept["memory_total_mib"]) == (1, 80 * 1024)
 

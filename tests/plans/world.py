@@ -30,7 +30,7 @@ from sage_reconcile.core.observed import (
     Observed,
     Port,
 )
-from sage_reconcile.core.promise import promised_mib
+from sage_reconcile.core.promise import Known, promised_mib
 from sage_reconcile.core.resolve import secret_marks
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.core.units import read_seconds, size_mib
@@ -180,7 +180,7 @@ def _launch(
     assert engine is not None, f"{name} is in neither `ran` nor `file`"
     uuids = tuple(f"GPU-{gpu}" for gpu in _list(item.get("gpu", [])))
     there = [gpu for gpu in gpus if gpu.uuid in uuids]
-    promised = promised_mib(engine.spec, there[0], models.get(engine.spec.model or "")) if there else 0
+    promised = promised_mib(engine.spec, there[0], Known(models.get(engine.spec.model or ""))) if there else 0
     state = item.get("state", "ready")
     created = now - read_seconds(item.get("age", "1h"))
     launch_id = item.get("id", f"{name}-{index}-{number}")
