@@ -241,6 +241,11 @@ def test_a_kv_cache_that_is_too_large_is_told_the_largest() -> None:
 def test_nothing_is_proposed_for_what_fits_an_empty_gpu_or_was_given_a_size() -> None:
     assert ways(FACTS, SMALL, CARD) == {}
     assert ways(LONG, CARD, SMALL) == {}, "on one of them it fits"
+    wide = replace(CARD, name="A100-80GB")  # vLLM's defaults take less of it
+    need = automatic(LONG, wide)
+    assert automatic(LONG, CARD) > need + 1000
+    assert nearest_ways(spec(), [(CARD, need + 500), (wide, need)], Known(LONG)) == ()
+    assert nearest_ways(spec(), [(CARD, need + 500), (wide, need - 1)], Known(LONG)) != ()
     assert ways(LONG, SMALL, memory="30GiB") == {}
     assert ways(LONG) == {}
     assert ways(None, SMALL) == {}, "nothing is known of it"
