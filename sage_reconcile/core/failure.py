@@ -53,9 +53,12 @@ class Failure:
     can_recover: bool = False
 
     def summary(self) -> str:
-        """``KV cache too small: write `memory: 21504MiB` …``: the class and the fix; the line where it has none."""
+        """``KV cache too small: write `memory: 21504MiB` …``: the class and the fix; the line where it has none.
+
+        Without the class where that says no more than the exit status beside it.
+        """
         told = self.fix or self.line
-        if self.kind is FailureKind.UNKNOWN:
+        if self.kind in (FailureKind.UNKNOWN, FailureKind.KILLED):
             return told
         return f"{self.kind}: {told}" if told else str(self.kind)
 

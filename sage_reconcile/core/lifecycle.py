@@ -99,8 +99,8 @@ def failed(launch: Launch) -> bool:
 def how_it_failed(launch: Launch) -> str:
     """In a few words why a failed launch ended, or is about to end."""
     unasked = StopCause.STARTUP_TIMEOUT if launch.life is Life.ALIVE else StopCause.ENDED
-    known = launch.failure is not None and launch.failure.kind is not FailureKind.UNKNOWN
-    why = f", {launch.failure.kind}" if launch.failure is not None and known else ""
+    kind = launch.failure.kind if launch.failure else FailureKind.UNKNOWN
+    why = "" if kind in (FailureKind.UNKNOWN, FailureKind.KILLED) else f", {kind}"  # the signal says that it was killed
     return launch.stop_cause or (f"{launch.exit.text()}{why}" if launch.exit else unasked)
 
 

@@ -249,6 +249,7 @@ def test_the_root_cause_stands_above_what_only_follows_from_it() -> None:
 def test_who_was_killed_is_told_by_the_signal_and_why_by_the_kernel() -> None:
     killed = diagnose(137, ["INFO loading"], ON_GPU)
     assert (killed.kind, killed.line) == (FailureKind.KILLED, "")
+    assert killed.summary() == killed.fix, "the signal is told beside it"
     evidence = "Out of memory: Killed process 12 (VLLM::EngineCor) total-vm:9kB"
     found = diagnose(0, [OOM], ON_GPU, oom_kill=evidence)
     assert (found.kind, found.line, found.can_recover) == (FailureKind.OOM_KILLED, evidence, True)

@@ -187,6 +187,8 @@ def test_how_it_failed_names_the_class_where_it_is_known() -> None:
     for kind, text in ((FailureKind.WRONG_FLAG, "exit 1, wrong flag"), (FailureKind.UNKNOWN, "exit 1")):
         assert how_it_failed(ended(LOADING, NOW, failure=Failure(kind))) == text
     assert how_it_failed(ended(LOADING, NOW)) == "exit 1"
+    killed = ended(LOADING, NOW, 137, failure=Failure(FailureKind.KILLED))
+    assert how_it_failed(killed) == "killed by signal 9"
 
 
 def test_ends_are_told_as_shells_tell_them() -> None:
