@@ -221,6 +221,8 @@ def test_ranks_are_proposed_only_as_many_as_gpus_are_there() -> None:
     assert ways(LONG, *[SMALL] * 8, concurrency=3)["tensor_parallel_size"].value == 4
     assert ways(LONG, *[SMALL] * 8, concurrency=3, tensor_parallel_size=2)["tensor_parallel_size"].value == 4
     assert "tensor_parallel_size" not in ways(LONG, *[SMALL] * 3, concurrency=3)
+    other = replace(SMALL, name="A10", memory_total_mib=23 * GIB)
+    assert "tensor_parallel_size" not in ways(LONG, *[SMALL, other] * 2, concurrency=3), "of one model"
     assert "tensor_parallel_size" not in ways(LONG, *[SMALL] * 4, pipeline_parallel_size=2, concurrency=7)
 
 
