@@ -33,6 +33,7 @@ class Box:
             "PYTHONPATH": str(REPOSITORY),
             "NO_COLOR": "1",
             "HF_HUB_OFFLINE": "1",
+            "XDG_CACHE_HOME": str(folder / "cache"),  # what hubs told others is none of its business
         }
         self.daemons: list[subprocess.Popen[bytes]] = []
         self._seen: set[str] = set()
