@@ -369,6 +369,7 @@ def test_what_a_branch_is_described_by_is_refreshed_seldom(here: Here, hub: Stan
     asking = Hub(here.environ, asks=True)
     here.age(FRESH_S - 60)
     asking.ask([here.sought()])
+    assert asking._running == {}
     assert len(hub.asked) == 3
     here.age(61)
     again(here, hub)
@@ -402,9 +403,9 @@ def test_a_commit_is_never_asked_for_again(here: Here, hub: StandInHub) -> None:
     hub.add(NAME)
     here.learn(revision=COMMIT)
     here.age(1000 * FRESH_S)
-    hub.forget()
-    here.learn(revision=COMMIT)
-    assert hub.asked == []
+    asking = Hub(here.environ, asks=True)
+    asking.ask([here.sought(revision=COMMIT)])
+    assert asking._running == {}
 
 
 def test_a_clock_that_was_set_back_does_not_end_the_asking(here: Here, hub: StandInHub) -> None:
