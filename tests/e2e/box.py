@@ -36,6 +36,7 @@ class Box:
             "XDG_CACHE_HOME": str(folder / "cache"),  # what hubs told others is none of its business
         }
         self.daemons: list[subprocess.Popen[bytes]] = []
+        self.without: tuple[str, ...] = ()
         self._seen: set[str] = set()
 
     def write(self, engines: str, host: str = "gpus: [{name: H100-80GB, memory: 80GiB, count: 2}]") -> None:
@@ -89,9 +90,13 @@ class Box:
 
     def start_daemon(self, **environ: str) -> subprocess.Popen[bytes]:
         """``run`` in the background."""
+        return self.start("run", **environ)
+
+    def start(self, *words: str, **environ: str) -> subprocess.Popen[bytes]:
+        """A command in the background."""
         with (self.folder / "daemon.log").open("ab") as log:
             daemon = subprocess.Popen(
-                [sys.executable, "-m", "sage_reconcile", "run"],
+                [*self._fewer_rights(), sys.executable, "-m", "sage_reconcile", *words],
                 cwd=self.folder,
                 env={**self.environ, **environ},
                 stdin=subprocess.DEVNULL,
@@ -100,6 +105,12 @@ class Box:
             )
         self.daemons.append(daemon)
         return daemon
+
+    def _fewer_rights(self) -> list[str]:
+        """What keeps a command of root from the capabilities that are named in ``without``."""
+        if os.geteuid() != 0 or not self.without:
+            return []
+        return ["setpriv", "--bounding-set", ",".join(f"-{name}" for name in self.without), "--"]
 
     def daemon_log(self) -> str:
         """What daemons logged."""
