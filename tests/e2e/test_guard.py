@@ -217,7 +217,7 @@ def test_a_file_that_is_no_file_any_more_stops_nothing_and_is_named(box: Box, da
 
 def test_a_file_that_may_not_be_read_any_more_stops_nothing(box: Box) -> None:
     """Permissions do not count for root; so without that privilege."""
-    box.without = ("dac_override", "dac_read_search")
+    box.without("dac_override", "dac_read_search")
     four(box)
     box.file.chmod(0o000)
     os.kill(box.daemons[-1].pid, signal.SIGHUP)
