@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,10 +214,14 @@ WANDERS = """
 import http.server, os, subprocess, sys
 os.setsid()
 away = "import os, time; os.setsid(); time.sleep(600)"
-children = [subprocess.Popen([sys.executable, "-c", away], env={}) for _ in range(2)]
-open(f"wanders.{os.getpid()}", "w").write(" ".join(str(child.pid) for child in children))
+def one_more():
+    child = subprocess.Popen([sys.executable, "-c", away], env={})
+    open(f"wanders.{os.getpid()}", "a").write(f"{child.pid} ")
+one_more()
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        if self.path == "/more":
+            one_more()
         self.send_response(200)
         self.end_headers()
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
@@ -232,7 +237,19 @@ def test_an_engine_that_goes_into_sessions_of_its_own_is_ended_whole(box: Box) -
     def family(pid: int) -> list[int]:
         return [pid, *map(int, (box.folder / f"wanders.{pid}").read_text(encoding="utf-8").split())]
 
+    def recorded() -> set[int]:
+        return {member[0] for record in box.records() for member in record["members"]}
+
+    port = box.replicas()["odd/0"]["port"]
+    urllib.request.urlopen(f"http://127.0.0.1:{port}/more", timeout=10).close()
+    assert len(family(pid)) == 3, "one left the session before it was ready, one after"
     old = [processes.identify(one) for one in family(pid)]
+
+    def seen() -> bool:
+        box.daemons[-1].send_signal(signal.SIGHUP)
+        return set(family(pid)[1:]) <= recorded()
+
+    box.until("a later look has seen them", seen, every_s=0.5)
     try:
         os.kill(pid, signal.SIGKILL)
         new = box.until("it is back", lambda: box.ready() if box.ready() != {"odd/0": pid} else None)["odd/0"]
