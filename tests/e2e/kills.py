@@ -343,7 +343,9 @@ def decoys(launch: str = "0badcafe") -> Iterator[None]:
     session = strangers[-1]
     assert session.stdin
     session.stdin.write(b"sleep 600 & echo up; wait\n")
-    session.stdin.close()
+    for stranger in strangers:
+        assert stranger.stdin
+        stranger.stdin.close()
     try:
         for stranger in strangers:
             assert stranger.stdout
