@@ -12,6 +12,7 @@ The way of the data, in the order in which to read it::
     core/planner.py    Desired + Observed + now -> Plan: what to stop and start, where, in which order, why
     core/check.py      an independent judge of plans
     reconcile.py       one pass of all this, and the carrying out       (start reading here)
+    in_force.py        which content of the file is in force: read, refused, held back, confirmed (core/guard.py)
     daemon.py          when a pass is due
     cli/               the commands
 """

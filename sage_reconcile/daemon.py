@@ -14,17 +14,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sage_reconcile.core.guard import lasting_stops, too_many
 from sage_reconcile.core.observed import Life
 from sage_reconcile.core.report import lasting, status_document
 from sage_reconcile.core.resolve import values_mark
 from sage_reconcile.core.spec import Desired
-from sage_reconcile.errors import FileFaults, SageReconcileError, StateError
-from sage_reconcile.host import files
+from sage_reconcile.errors import SageReconcileError, StateError
 from sage_reconcile.host.hub import PATIENCE_S, Hub
 from sage_reconcile.host.local import LocalHost
 from sage_reconcile.host.probes import Prober
-from sage_reconcile.host.state import StateFolder
+from sage_reconcile.host.state import StateFolder, Word, held_document
 from sage_reconcile.host.watch import ExitWatcher, FileWatcher
+from sage_reconcile.in_force import InForce
 from sage_reconcile.reconcile import Pass, run_pass
 
 RESYNC_S = 30.0
@@ -58,10 +59,17 @@ class Passes:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._woken.set)
 
-    def run(self, desired: Desired, tried: frozenset[str] | None = None, *, allow_moves: bool = False) -> Pass:
-        """One pass; from now on the ends of all that runs are watched."""
+    def run(
+        self,
+        desired: Desired,
+        tried: frozenset[str] | None = None,
+        *,
+        allow_moves: bool = False,
+        may: Callable[[Pass], bool] | None = None,
+    ) -> Pass:
+        """One pass; from now on the ends of all that runs are watched. See ``run_pass`` for ``may``."""
         self._woken.clear()
-        result = run_pass(self.host, desired, tried=tried, allow_moves=allow_moves)
+        result = run_pass(self.host, desired, tried=tried, allow_moves=allow_moves, may=may)
         self._exits.follow(self.host.watched())
         return result
 
@@ -100,15 +108,23 @@ class Passes:
 
 
 async def settle(
-    passes: Passes, desired: Desired, on_pass: Callable[[Pass], None], *, allow_moves: bool = False
+    passes: Passes,
+    desired: Desired,
+    on_pass: Callable[[Pass], None],
+    *,
+    allow_moves: bool = False,
+    may: Callable[[Pass], bool] | None = None,
 ) -> Pass:
     """Runs passes until everything desired is ready, or what is not cannot become so without another try.
 
-    Each replica is started at most once.
+    Each replica is started at most once. ``may`` is asked about the first plan; on a no that is all.
     """
     tried: frozenset[str] = frozenset()
     while True:
-        result = passes.run(desired, tried, allow_moves=allow_moves)
+        result = passes.run(desired, tried, allow_moves=allow_moves, may=may)
+        if result.withheld:
+            return result
+        may = None
         tried |= {action.replica for action in result.done if action.kind == "spawn"}
         tried |= {action.replica for action, _ in result.failed if action.kind == "spawn"} - result.untried
         on_pass(result)
@@ -132,31 +148,30 @@ class Daemon:
     """Keeps the machine as the file says, until it is told to end; the engines go on running after that."""
 
     def __init__(self, file: Path, state: StateFolder, environ: Mapping[str, str], log: Any) -> None:  # noqa: ANN401
-        self.file = file
         self.state = state
         self.environ = environ
         self.log = log
-        self.desired: Desired | None = None
-        self.generation = 0
-        self.file_error = ""
-        self._read_digest: object = None
-        self._also: tuple[Path, ...] = ()
+        self.content = InForce(file, state, environ, log)
         self._asked = 0
         self._retry_now = False
+        self._word: Word | None = None
+        self._refused = ""
         self._moves_for = ""
         self._over = False
         self._told: dict[str, Any] = {}
 
     async def run(self) -> None:
         """Runs until SIGTERM or SIGINT. SIGHUP reads the file again and ends all back-off."""
+        file = self.content.file
         loop = asyncio.get_running_loop()
-        passes = Passes(self.state, self.file.parent, self.environ, asks_hubs=True)
-        watcher = FileWatcher(self.file, lambda: self._stirred(passes))
+        passes = Passes(self.state, file.parent, self.environ, asks_hubs=True)
+        watcher = FileWatcher(file, lambda: self._stirred(passes))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, passes)
         loop.add_signal_handler(signal.SIGHUP, self._ask, passes)
-        self.state.moves_allowed()  # meant for a daemon that is no more
-        self.log.info("started", file=str(self.file), state=str(self.state.path), pid=os.getpid())
+        self.state.take_word()  # meant for a daemon that is no more
+        self.log.info("started", file=str(file), state=str(self.state.path), pid=os.getpid())
+        self.content.restore()
         try:
             while not self._over:
                 watcher.refresh()
@@ -170,11 +185,8 @@ class Daemon:
 
     def _stirred(self, passes: Passes) -> None:
         """Something happened near the file; most of it, in a busy folder, has nothing to do with it."""
-        if self._signatures() != self._read_digest:
+        if self.content.stirred():
             passes.wake_from_thread()
-
-    def _signatures(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(files.signature(path) for path in (self.file, *self._also))
 
     def _end(self, passes: Passes) -> None:
         self._over = True
@@ -183,61 +195,80 @@ class Daemon:
     def _ask(self, passes: Passes) -> None:
         self._asked += 1
         self._retry_now = True
-        self._moves_for = self.state.moves_allowed()
-        self._read_digest = None
+        self._refused = ""
+        self._word = self.state.take_word()
+        self.content.read_again()
         passes.wake()
 
     def _pass(self, passes: Passes) -> Pass | None:
         try:
-            self._read()
-            if self.desired is None:
+            self.content.read()
+            result = self._carried_out(passes)
+            if result is None or self.content.desired is None:
                 self._tell({})
                 return None
-            tried: frozenset[str] | None = frozenset() if self._retry_now else None
-            self._retry_now = False
-            result = passes.run(self.desired, tried, allow_moves=self._moves_for == self.desired.digest)
-            if not (result.plan.making_room or result.plan.waiting):
-                self._moves_for = ""
             passes.host.tidy()
         except SageReconcileError as error:
             self.log.error("pass failed", error=str(error))  # noqa: TRY400 - the message says it all
             return None
         self._log(result)
-        document = status_document(self.desired, result.observed, result.plan, result.now)
-        self._tell(lasting(document))
+        document = status_document(self.content.desired, result.observed, result.plan, result.now)
+        self._tell({**lasting(document), "busy": bool(result.done or result.plan.waiting)})
         return result
 
-    def _read(self) -> None:
-        """Takes in the file where its content is another one; a bad one changes nothing but the report."""
-        signature = self._signatures()
-        if signature == self._read_digest:
-            return
-        self._read_digest = signature
-        try:
-            loaded = files.load(self.file, self.environ)
-        except FileFaults as error:
-            if self.file_error != str(error):
-                self.log.error("file refused", faults=str(error).splitlines(), kept=self.generation)  # noqa: TRY400 - no traceback is wanted
-            self.file_error = str(error)
-            if self.desired is None:
-                self._read_last_good()
-            return
-        self.file_error = ""
-        self._also = loaded.env_files
-        self._read_digest = self._signatures()
-        self.desired = loaded.desired
-        self.generation = self.state.accept(self.file, loaded.desired.digest, loaded.text)
-        self.log.info("file accepted", generation=self.generation, engines=len(loaded.desired.engines))
+    def _carried_out(self, passes: Passes) -> Pass | None:
+        """A pass with what is offered, unless the guard holds it back; else with what is in force, if anything is."""
+        content, word, self._word = self.content, self._word, None
+        tried: frozenset[str] | None = frozenset() if self._retry_now else None
+        self._retry_now = False
+        if word is not None:
+            result = self._agreed(passes, word)
+            if result is not None:
+                return result
+            tried = None  # what was agreed to is another thing: as if nobody had asked
+        elif content.offered and not content.held:
+            result = passes.run(content.offered.desired, tried, may=self._unguarded)
+            if not result.withheld:
+                return result
+        if content.desired is None:
+            return None
+        result = passes.run(content.desired, tried, allow_moves=self._moves_for == content.desired.digest)
+        if not (result.plan.making_room or result.plan.waiting):
+            self._moves_for = ""
+        return result
 
-    def _read_last_good(self) -> None:
-        known = self.state.read_json("generation.json")
-        if known.get("file") != str(self.file):
-            return
-        with contextlib.suppress(OSError, FileFaults):
-            text = (self.state.path / "last-good.yaml").read_text(encoding="utf-8")
-            self.desired = files.load_text(text, self.file, self.environ).desired
-            self.generation = int(known.get("generation", 0))
-            self.log.warning("last good file in force", generation=self.generation)
+    def _unguarded(self, seen: Pass) -> bool:
+        """Puts what is offered in force, or holds it back where it stops too much of what runs."""
+        stops = lasting_stops(seen.plan, seen.observed)
+        if too_many(seen.desired.host.guard, stops):
+            self.content.hold(stops, seen.now)
+            return False
+        self.content.accept()
+        return True
+
+    def _agreed(self, passes: Passes, word: Word) -> Pass | None:
+        """A pass to whose very plan a person agreed; None, and nothing done, where it would be another."""
+        wanted = self.content.latest
+        if wanted is None or self.content.error or wanted.digest != word.digest:
+            self._refused = "file"
+        elif values_mark(wanted, str(os.getpid())) != word.values:
+            self._refused = "values"
+        if self._refused or wanted is None:
+            return None
+
+        def same(seen: Pass) -> bool:
+            if seen.plan.mark() != word.plan:
+                return False
+            if self.content.offered:
+                self.content.accept()
+            return True
+
+        result = passes.run(wanted, frozenset(), allow_moves=word.allow_moves, may=same)
+        if result.withheld:
+            self._refused = "plan"
+            return None
+        self._moves_for = word.digest if word.allow_moves else ""
+        return result
 
     def _log(self, result: Pass) -> None:
         for action in result.done:
@@ -253,14 +284,17 @@ class Daemon:
 
     def _tell(self, document: dict[str, Any]) -> None:
         """Writes the status for those who follow, where it says something new."""
+        content = self.content
         told = {
             **document,
             "pid": os.getpid(),
             "asked": self._asked,
-            "generation": self.generation,
-            "digest": self.desired.digest if self.desired else "",
-            "values": values_mark(self.desired, str(os.getpid())) if self.desired else "",
-            "file_error": self.file_error,
+            "refused": self._refused,
+            "generation": content.generation,
+            "digest": content.desired.digest if content.desired else "",
+            "values": values_mark(content.desired, str(os.getpid())) if content.desired else "",
+            "file_error": content.error,
+            "held_back": held_document(content.held),
         }
         if told == self._told:
             return

@@ -8,6 +8,7 @@
     ├── StateError              the state folder cannot be read or written
     ├── SpawnError              a process could not be started
     │   └── PortTaken           … since another program has its port by now
+    ├── StalePlan               file or machine are not as they were when the plan was shown; nothing was done
     ├── UnsafePlan              a plan failed its independent check; nothing of it was carried out
     ├── NotFound                an engine or replica of that name does not exist
     └── UnknownModel            nothing on this machine tells how large a model is
@@ -79,6 +80,10 @@ class SpawnError(SageReconcileError):
 
 class PortTaken(SpawnError):
     """A process was not started, since another program has its port; the message names both."""
+
+
+class StalePlan(SageReconcileError):
+    """File or machine are not as they were when the plan was shown; nothing of it was carried out."""
 
 
 class UnsafePlan(SageReconcileError):

@@ -7,7 +7,8 @@ all end in the same place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from sage_reconcile.core.check import check_plan
@@ -39,6 +40,7 @@ class Pass:
     """What one pass saw, decided and did. ``failed`` are actions that could not be carried out, and why.
 
     ``untried`` are replicas among these for which the next pass decides anew, since their port is taken by now.
+    ``withheld`` tells that nothing of the plan was to be done.
     """
 
     desired: Desired
@@ -48,6 +50,7 @@ class Pass:
     done: tuple[Action, ...] = ()
     failed: tuple[tuple[Action, str], ...] = ()
     untried: frozenset[str] = frozenset()
+    withheld: bool = False
 
 
 def look(host: Host, desired: Desired, *, tried: frozenset[str] | None = None, allow_moves: bool = False) -> Pass:
@@ -82,13 +85,22 @@ def judged(
     return Pass(desired, observed, plan, now)
 
 
-def run_pass(host: Host, desired: Desired, *, tried: frozenset[str] | None = None, allow_moves: bool = False) -> Pass:
-    """One whole pass.
+def run_pass(
+    host: Host,
+    desired: Desired,
+    *,
+    tried: frozenset[str] | None = None,
+    allow_moves: bool = False,
+    may: Callable[[Pass], bool] | None = None,
+) -> Pass:
+    """One whole pass. ``may`` is asked about the plan before anything of it is done; on a no nothing is.
 
     Raises:
         UnsafePlan: the plan failed its independent check; nothing was done.
     """
     seen = look(host, desired, tried=tried, allow_moves=allow_moves)
+    if may is not None and not may(seen):
+        return replace(seen, withheld=True)
     done: list[Action] = []
     failed: list[tuple[Action, str]] = []
     untried: set[str] = set()

@@ -50,7 +50,8 @@ def test_an_example_is_valid_and_everything_in_it_finds_a_place(path: Path) -> N
     assert [item.reason for item in plan.unplaced] == []
     assert len(plan.actions) == sum(engine.spec.replicas for engine in desired.engines) > 0
     checked(plan_document(plan), "plan")
-    own = {"file": "f", "file_error": "", "generation": 1, "observed_generation": 1, "daemon": None}
+    own = {"file": "f", "file_error": "", "held_back": None, "generation": 1}
+    own |= {"observed_generation": 1, "daemon": None}
     checked({**own, **status_document(desired, observed, plan, 0.0)}, "status")
     checked({"file": "f", "file_error": "", **gpu_document(desired.host, observed)}, "gpu")
 

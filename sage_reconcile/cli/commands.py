@@ -6,19 +6,21 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sage_reconcile.cli import asking, rendering
+from sage_reconcile.core.guard import held_text
 from sage_reconcile.core.host_spec import HostSpec
 from sage_reconcile.core.plan_text import plan_text
 from sage_reconcile.core.report import plan_document, status_document
 from sage_reconcile.core.spec import Desired
-from sage_reconcile.errors import FileFaults, LockHeld, NotFound, SageReconcileError, StateError
+from sage_reconcile.errors import FileFaults, NotFound, SageReconcileError, StateError
 from sage_reconcile.host import files
 from sage_reconcile.host import logs as log_files
 from sage_reconcile.host.local import LocalHost
-from sage_reconcile.host.state import Holder, StateFolder, default_folder, this_process
+from sage_reconcile.host.state import Holder, StateFolder, default_folder, held_document, this_process
 from sage_reconcile.reconcile import Pass, look
 
 CHANGES, UNPLACED = 2, 3
@@ -56,7 +58,7 @@ def init(given: Path | None, *, force: bool) -> int:
         path.write_text(starter(gpus, why), encoding="utf-8")
     except OSError as error:
         raise SageReconcileError(f"{path} cannot be written: {error.strerror}") from error
-    print(f"Wrote {path}. Look at it, then: sage-reconcile diff{_file_option(given)}")
+    print(f"Wrote {path}. Look at it, then: sage-reconcile diff{file_option(given)}")
     return 0
 
 
@@ -91,8 +93,9 @@ def diff(given: Path | None, state_dir: Path | None, as_json: bool, *, allow_mov
     if as_json:
         print(json.dumps(plan_document(seen.plan), indent=2))
     else:
-        _other_file(path, state)
-        _show_plan(seen)
+        other_file(path, state)
+        show_plan(seen)
+        held_note(path, state, desired)
     if seen.plan.unplaced:
         return UNPLACED
     return 0 if seen.plan.in_sync else CHANGES
@@ -102,60 +105,6 @@ def tried(state: StateFolder) -> frozenset[str] | None:
     """See ``make_plan``: a daemon waits for its back-off; apply, which a person asks for, does not."""
     holding = state.holder()
     return None if holding and holding.role == "daemon" else frozenset()
-
-
-def apply(given: Path | None, state_dir: Path | None, *, yes: bool, allow_moves: bool) -> int:
-    """``apply``: by itself, or by the daemon where one follows the same file."""
-    from sage_reconcile.cli import following
-
-    path, state = file_path(given), state_folder(state_dir)
-    loaded = files.load(path, os.environ)
-    daemon = _daemon_of(path, state)
-    host = LocalHost(state, path.parent, os.environ, hub=asking.hub_for(loaded.desired, path.parent))
-    seen = look(host, loaded.desired, tried=frozenset(), allow_moves=allow_moves)
-    _other_file(path, state)
-    _show_plan(seen)
-    seen_text = _plan_text(seen)
-    while not all(action.blocked for action in seen.plan.actions) and not yes:
-        if not _confirmed("Do this?"):
-            return 1
-        seen = look(host, loaded.desired, tried=frozenset(), allow_moves=allow_moves)
-        if _plan_text(seen) == seen_text:
-            break
-        seen_text = _plan_text(seen)
-        print("The machine has changed meanwhile; this is the plan now:\n")
-        _show_plan(seen)
-    if daemon is not None:
-        document = following.follow_daemon(state, daemon, loaded.desired, allow_moves=allow_moves)
-    else:
-        document = following.settle_here(path, state, loaded.desired, loaded.text, allow_moves=allow_moves)
-    return following.conclude(document, _program(given, state_dir))
-
-
-def down(given: Path | None, state_dir: Path | None, *, yes: bool) -> int:
-    """``down``."""
-    from sage_reconcile.cli import following
-
-    state = state_folder(state_dir)
-    path = file_path(given)
-    holding = state.holder()
-    if holding is not None:
-        raise LockHeld(f"{holding.text()} would start them again; end it first (kill {holding.pid})")
-    desired = Desired(_host_spec(path), (), unwanted="all engines were asked to stop")
-    seen = look(LocalHost(state, path.parent, os.environ), desired)
-    if seen.plan.in_sync:
-        print("No engine runs.")
-        return 0
-    _show_plan(seen)
-    if not yes and not _confirmed("Stop them?"):
-        return 1
-    document = following.settle_here(path, state, desired, None, role="down")
-    left = [replica["name"] for engine in document["engines"] for replica in engine["replicas"]]
-    if left:
-        rendering.error(f"still there: {', '.join(left)}")
-        return 1
-    print("All engines are stopped.")
-    return 0
 
 
 def run(given: Path | None, state_dir: Path | None) -> int:
@@ -196,9 +145,12 @@ def read_status(path: Path, state: StateFolder) -> dict[str, Any]:
     known = state.read_json("generation.json")
     file_error, generation = "", int(known.get("generation") or 0)
     observed_generation = generation
+    held_back = None
     try:
         desired = files.load(path, os.environ).desired
         generation, _ = state.generation(desired.digest)
+        if held_back := held_document(state.held(path, desired.digest)):
+            desired = last_good(path, state) or Desired(HostSpec(), ())
     except FileFaults as error:
         file_error = str(error)
         if follows and "engines" in told and not told["file_error"]:
@@ -208,6 +160,7 @@ def read_status(path: Path, state: StateFolder) -> dict[str, Any]:
     document = {
         "file": str(path),
         "file_error": file_error,
+        "held_back": held_back,
         "generation": generation,
         "observed_generation": observed_generation,
         "daemon": {"pid": holding.pid, "since": holding.since} if holding and holding.role == "daemon" else None,
@@ -219,14 +172,14 @@ def read_status(path: Path, state: StateFolder) -> dict[str, Any]:
         )
     if follows:
         document["observed_generation"] = told.get("generation", observed_generation)
-    if file_error:
+    if file_error or held_back:
         document["converged"] = False
     return document
 
 
 def _told_by_daemon(path: Path, told: dict[str, Any], daemon: Holder | None) -> dict[str, Any]:
     """The status as the daemon last wrote it."""
-    own = ("pid", "asked", "digest", "values")
+    own = ("pid", "asked", "refused", "busy", "digest", "values")
     return {
         "file": str(path),
         "observed_generation": told["generation"],
@@ -253,6 +206,12 @@ def _show_status(document: dict[str, Any], as_json: bool) -> None:
     if document["file_error"]:
         stays = "\nWhat was valid last stays in force." if document["generation"] else ""
         rendering.error(f"{document['file_error']}{stays}")
+    if held := document["held_back"]:
+        rendering.error(
+            f"{short(Path(document['file']))} is held back: {_why_held(held)}\n"
+            "What was in force before stays. If it is meant, confirm it with `sage-reconcile apply`; where it is "
+            "normal here, say so with `guard` under `host:`; else mend the file."
+        )
     rendering.show_status(document, time.time())
     daemon = document["daemon"]
     follows = f"the daemon (pid {daemon['pid']}) follows it" if daemon else "no daemon follows it"
@@ -318,46 +277,28 @@ def schema() -> int:
     return 0
 
 
-def _daemon_of(path: Path, state: StateFolder) -> Holder | None:
-    """The daemon that follows this very file, or None where nobody reconciles.
-
-    Raises:
-        LockHeld: somebody else does.
-    """
-    holding = state.holder()
-    if holding is None:
-        return None
-    if holding.role == "daemon" and holding.file == str(path):
-        return holding
-    raise LockHeld(f"{state.path} is in use by {holding.text()}; wait for it or end it, or use another --state-dir")
+def show_plan(seen: Pass) -> None:
+    """Prints the plan."""
+    rendering.show_plan(plan_text(seen.plan, seen.now))
 
 
-def _host_spec(path: Path) -> HostSpec:
-    try:
-        return files.load(path, os.environ).desired.host
-    except FileFaults:
-        return HostSpec()
+def held_note(path: Path, state: StateFolder, desired: Desired) -> bool:
+    """Tells where the daemon holds this content back; whether it does."""
+    held = state.held(path, desired.digest)
+    if held is not None:
+        rendering.note(f"the daemon holds this back until it is confirmed: {_why_held(held_document(held))}")
+    return held is not None
 
 
-def _plan_text(seen: Pass) -> str:
-    return plan_text(seen.plan, seen.now)
+def _why_held(held: Mapping[str, Any] | None) -> str:
+    return held_text(held["replicas"], held["running"], held["guard"]) if held else ""
 
 
-def _show_plan(seen: Pass) -> None:
-    rendering.show_plan(_plan_text(seen))
-
-
-def _other_file(path: Path, state: StateFolder) -> None:
+def other_file(path: Path, state: StateFolder) -> None:
+    """Tells where the engines of this state folder were started from another file."""
     before = state.read_json("generation.json").get("file")
     if before and before != str(path):
         rendering.note(f"the engines of {state.path} were started from {before}; what {path} does not name is stopped")
-
-
-def _confirmed(question: str) -> bool:
-    if not sys.stdin.isatty():
-        rendering.error("there is no terminal to ask on; say --yes to go ahead without being asked")
-        return False
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 def short(path: Path) -> str:
@@ -366,13 +307,6 @@ def short(path: Path) -> str:
     return relative if not relative.startswith("..") else str(path)
 
 
-def _file_option(given: Path | None) -> str:
+def file_option(given: Path | None) -> str:
+    """How the file that was given is given again."""
     return f" -f {given}" if given else ""
-
-
-def _program(given: Path | None, state_dir: Path | None) -> str:
-    """How to call us again from here with the same file and state folder."""
-    name = sys.argv[0] if os.sep in sys.argv[0] else "sage-reconcile"
-    if name.endswith("__main__.py"):
-        name = f"{sys.executable} -m sage_reconcile"
-    return f"{name} {{}}{_file_option(given)}{f' --state-dir {state_dir}' if state_dir else ''}"

@@ -9,6 +9,8 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +19,61 @@ from sage_reconcile.core.report import status_document
 from sage_reconcile.core.resolve import values_mark
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.core.units import printable
-from sage_reconcile.errors import SageReconcileError
-from sage_reconcile.host import logs, processes
-from sage_reconcile.host.state import Holder, StateFolder, this_process
+from sage_reconcile.errors import SageReconcileError, StalePlan
+from sage_reconcile.host import files, logs, processes
+from sage_reconcile.host.state import Holder, StateFolder, Word, this_process
 from sage_reconcile.reconcile import Pass
 
 _LOG_LINES = 15
 _POLL_S = 0.05
 
 
-def settle_here(
-    path: Path,
-    state: StateFolder,
-    desired: Desired,
-    text: str | None,
-    *,
-    role: str = "apply",
-    allow_moves: bool = False,
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A plan that was shown: of which content of the file, and what it does. ``text`` is None for no content at all."""
+
+    path: Path
+    desired: Desired
+    text: str | None
+    mark: str
+    allow_moves: bool = False
+
+
+_REFUSED = {
+    "file": "the daemon has read another content of the file since the plan was shown",
+    "plan": "the machine has changed since the plan was shown",
+}
+
+
+def settle_here(state: StateFolder, shown: Shown, *, role: str = "apply") -> dict[str, Any]:
     """Reconciles in this process until all is settled; returns the last status document.
 
-    ``text`` is the content of the file, taken as the one in force; None where the file does not matter.
-
     Raises:
+        StalePlan: file or machine are not as they were when the plan was shown; nothing was done.
         LockHeld: somebody else reconciles with this state folder.
     """
-    from sage_reconcile.daemon import Passes, settle
-
-    state.take_lock(this_process(role, path))
+    state.take_lock(this_process(role, shown.path))
     progress = rendering.Progress()
     last: dict[str, Any] = {}
 
     def on_pass(result: Pass) -> None:
         nonlocal last
-        last = status_document(desired, result.observed, result.plan, result.now)
+        last = status_document(shown.desired, result.observed, result.plan, result.now)
         for action, reason in result.failed:
             rendering.error(f"{action.kind} {action.replica}: {reason}")
         progress.show(last)
 
-    async def work() -> None:
-        passes = Passes(state, path.parent, os.environ)
-        try:
-            await settle(passes, desired, on_pass, allow_moves=allow_moves)
-        finally:
-            passes.close()
+    def agreed(seen: Pass) -> bool:
+        if seen.plan.mark() != shown.mark:
+            return False
+        if shown.text is not None:
+            state.accept(shown.path, shown.desired.digest, shown.text)
+        return True
 
     try:
-        if text is not None:
-            state.accept(path, desired.digest, text)
-        asyncio.run(work())
+        _same_content(shown)
+        if asyncio.run(_settled(state, shown, on_pass, agreed)).withheld:
+            raise StalePlan(_REFUSED["plan"])
     except KeyboardInterrupt:
         print("\nInterrupted. What was started goes on; `sage-reconcile status` shows it.", file=sys.stderr)
         raise
@@ -77,29 +85,53 @@ def settle_here(
     return last
 
 
-def follow_daemon(state: StateFolder, daemon: Holder, desired: Desired, *, allow_moves: bool = False) -> dict[str, Any]:
-    """Has the daemon read the file again and retry what failed, and follows it until all is settled.
+async def _settled(
+    state: StateFolder, shown: Shown, on_pass: Callable[[Pass], None], agreed: Callable[[Pass], bool]
+) -> Pass:
+    from sage_reconcile.daemon import Passes, settle
+
+    passes = Passes(state, shown.path.parent, os.environ)
+    try:
+        return await settle(passes, shown.desired, on_pass, allow_moves=shown.allow_moves, may=agreed)
+    finally:
+        passes.close()
+
+
+def _same_content(shown: Shown) -> None:
+    """The file as it is now must be the one that was shown, with the same values from elsewhere."""
+    if shown.text is None:
+        return
+    now = files.load(shown.path, os.environ).desired
+    if (now.digest, values_mark(now, "")) != (shown.desired.digest, values_mark(shown.desired, "")):
+        raise StalePlan("the file has changed since the plan was shown")
+
+
+def follow_daemon(state: StateFolder, daemon: Holder, shown: Shown) -> dict[str, Any]:
+    """Has the daemon read the file again, do what was shown and retry what failed; follows it until all is settled.
 
     Raises:
+        StalePlan: the daemon would do another thing than what was shown, and did nothing that nobody agreed to.
         SageReconcileError: the daemon ended, or refuses the file.
     """
     asked_before = state.read_json("status.json").get("asked", 0)
     begun = time.time()
-    if allow_moves:
-        state.allow_moves(desired.digest)
+    desired = shown.desired
+    state.leave_word(Word(desired.digest, values_mark(desired, str(daemon.pid)), shown.mark, shown.allow_moves))
     if not processes.send(processes.ProcessId(daemon.pid, daemon.start_ticks), signal.SIGHUP):
-        state.moves_allowed()  # nobody has heard it: no later daemon shall take it for leave
+        state.take_word()  # nobody has heard it: no later daemon shall take it for leave
         raise SageReconcileError(f"the daemon (pid {daemon.pid}) has ended; try again")
-    print(f"The daemon (pid {daemon.pid}) does it.")
-    progress = rendering.Progress()
+    progress, heard = rendering.Progress(), False
     while True:
         told = state.read_json("status.json")
         if told.get("pid") == daemon.pid and told.get("asked", 0) > asked_before:
             if told["file_error"]:
                 raise SageReconcileError(told["file_error"])
+            _same_plan(told, desired, begun=heard)
+            if not heard:
+                print(f"The daemon (pid {daemon.pid}) does it.")
+                heard = True
             if "engines" in told:
                 progress.show(told)
-                _same_file(told, desired, daemon)
                 if told["converged"] or _nothing_moves(told, begun):
                     return told
         if not processes.alive(processes.ProcessId(daemon.pid, daemon.start_ticks)):
@@ -107,18 +139,22 @@ def follow_daemon(state: StateFolder, daemon: Holder, desired: Desired, *, allow
         time.sleep(_POLL_S)
 
 
-def _same_file(told: dict[str, Any], desired: Desired, daemon: Holder) -> None:
-    if told["digest"] != desired.digest:
-        raise SageReconcileError("the file has changed since the plan was made; run apply again")
-    if told["values"] != values_mark(desired, str(daemon.pid)):
+def _same_plan(told: dict[str, Any], desired: Desired, *, begun: bool) -> None:
+    if told["refused"] == "values":
         raise SageReconcileError(
             "the daemon sees other values of the environment or of an env_file than this command, so it "
             "has another plan; run apply with its values, or restart the daemon with these"
         )
+    if not begun and told["refused"]:
+        raise StalePlan(_REFUSED[told["refused"]])
+    if told["digest"] != desired.digest:
+        raise SageReconcileError("the file has changed since the plan was made; run apply again")
 
 
 def _nothing_moves(told: dict[str, Any], begun: float) -> bool:
     """Whether what is not ready cannot become so before another try: it failed since we began, or has no place."""
+    if told["busy"]:
+        return False
     for engine in told["engines"]:
         for replica in engine["replicas"]:
             ended = (replica["exit"] or {}).get("at") or 0

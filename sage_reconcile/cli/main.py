@@ -127,17 +127,17 @@ def diff(
 @app.command()
 def apply(file: File = None, state_dir: State = None, yes: Yes = False, allow_moves: AllowMoves = False) -> None:
     """Make the machine follow the file, and wait until it does."""
-    from sage_reconcile.cli import commands
+    from sage_reconcile.cli import applying
 
-    raise Finished(commands.apply(file, state_dir, yes=yes, allow_moves=allow_moves))
+    raise Finished(applying.apply(file, state_dir, yes=yes, allow_moves=allow_moves))
 
 
 @app.command()
 def down(file: File = None, state_dir: State = None, yes: Yes = False) -> None:
     """Stop all engines of this state folder; the file stays as it is."""
-    from sage_reconcile.cli import commands
+    from sage_reconcile.cli import applying
 
-    raise Finished(commands.down(file, state_dir, yes=yes))
+    raise Finished(applying.down(file, state_dir, yes=yes))
 
 
 @app.command()

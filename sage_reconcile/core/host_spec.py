@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+    Tag,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from sage_reconcile.core.fields import host_gpus_kind, read_bind, read_declared_gpu, read_gpu_list, read_host_gpus
 from sage_reconcile.core.gpu_models import MOST, Declared
-from sage_reconcile.core.units import PortRange, SizeMib, Switch, Text, WholeNumber, fault
+from sage_reconcile.core.units import PortRange, SizeMib, Switch, Text, WholeNumber, described, fault, read_whole_number
+
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
 class Strict(BaseModel):
@@ -35,6 +50,53 @@ class DeclaredGpu(Strict):
         return Declared(self.name, self.memory, self.count)
 
 
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """How many of the running replicas a new content of the file may stop at once: a share, a count, or any."""
+
+    kind: Literal["percent", "count", "off"]
+    amount: float = 0
+
+    def __str__(self) -> str:
+        if self.kind == "off":
+            return "off"
+        return f"{self.amount:g}%" if self.kind == "percent" else f"{self.amount:g}"
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, object]:
+        """How editors should see it. YAML 1.1 reads a plain ``off`` as false."""
+        share = {"type": "string", "pattern": r"^(off|\d+(\.\d+)?\s*%)$", "examples": ["50%", "off"]}
+        return {"anyOf": [share, {"type": "integer", "minimum": 0}, {"const": False}]}
+
+
+def read_guard(value: object) -> Guard:
+    """``50%``, ``3`` or ``off``.
+
+    Raises:
+        PydanticCustomError: it is none of these, or out of range.
+    """
+    if isinstance(value, Guard):
+        return value
+    if value is False or value == "off":
+        return Guard("off")
+    fix = "write a share such as 50%, a number of replicas, or off"
+    if isinstance(value, str) and (match := _PERCENT.fullmatch(value.strip())):
+        percent = float(match[1])
+        if percent > 100:
+            raise fault(f"{value.strip()} of the running replicas is impossible", "write at most 100%, or off")
+        return Guard("percent", percent)
+    try:
+        count = read_whole_number(value)
+    except PydanticCustomError:
+        raise fault(f"expected a share, a number or off, got {described(value)}", fix) from None
+    if count < 0:
+        raise fault(f"{count} replicas is impossible", fix)
+    return Guard("count", count)
+
+
+GuardSetting = Annotated[Guard, BeforeValidator(read_guard), PlainSerializer(str, return_type=str)]
+
+
 class HostSpec(Strict):
     """What the file says about the machine as a whole."""
 
@@ -59,6 +121,12 @@ class HostSpec(Strict):
         default="127.0.0.1", description="The address engines listen on."
     )
     concurrent_starts: WholeNumber = Field(default=8, ge=1, le=10000, description="How many start at one time.")
+    guard: GuardSetting = Field(
+        default=Guard("percent", 50),
+        validate_default=True,
+        description="How many of the running replicas an edit may stop for good at once before the daemon wants it "
+        "confirmed: a share, a number, or off.",
+    )
     offline: Switch = Field(default=False, description="true: no hub of models is asked how large a model is.")
 
     @property

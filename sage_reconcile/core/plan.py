@@ -5,8 +5,9 @@ The plan decides everything; whoever carries it out only does. The same input gi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+import hashlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from sage_reconcile.core.drift import Change
 from sage_reconcile.core.lifecycle import StopCause
@@ -138,6 +139,16 @@ class Plan:
         """Whether there is nothing to do, nothing under way and nothing left out."""
         return not (self.actions or self.unplaced or self.waiting)
 
+    def mark(self) -> str:
+        """Names what the plan does: two plans of one mark do the same to the same processes on the same GPUs.
+
+        What is only told (memory that others hold, times, reasons, whose turn it is) may differ from look to look.
+        """
+        actions = [(replace(x, **_TOLD), _uuids(x.gpus), _uuids(x.goes_to)) for x in self.actions]
+        kept = sorted((kept.launch.id, _uuids(kept.gpus)) for kept in self.kept)
+        unplaced = [(item.replica, item.runs_on) for item in self.unplaced]
+        return hashlib.sha256(repr((actions, kept, unplaced)).encode()).hexdigest()
+
     def replaced(self) -> frozenset[str]:
         """The replicas that are stopped and started again, moved ones among them."""
         stopped = {action.replica for action in self.actions if action.kind != "spawn"}
@@ -151,3 +162,15 @@ class Plan:
     def making_room(self) -> bool:
         """Whether a replica is moved or displaced: what has no place may get one when that is done."""
         return any(action.stop_cause in (StopCause.MOVED, StopCause.DISPLACED) for action in self.actions)
+
+
+_TOLD: dict[str, Any] = {
+    **dict.fromkeys(("cause", "waits_for"), ""),
+    **dict.fromkeys(("not_before", "made_of"), None),
+    **dict.fromkeys(("restarts", "failures"), 0),
+    **dict.fromkeys(("gpus", "goes_to"), ()),
+}
+
+
+def _uuids(gpus: tuple[Gpu, ...]) -> tuple[str, ...]:
+    return tuple(gpu.uuid for gpu in gpus)

@@ -36,6 +36,8 @@ from sage_reconcile.host.records import Record, Records
 from sage_reconcile.host.state import StateFolder
 from sage_reconcile.simulator import gpus as simulated_gpus
 
+_FAMILY_S = 5.0
+"""So often it is looked who of ours has left its session: a scan of all processes, some 20 ms for 1,000 of them."""
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 
@@ -66,6 +68,7 @@ class LocalHost:
         self._found_bound: set[int] = set()
         self._models = ModelReader(folder, environ, hub)
         self._learned = Learned(state.measured)
+        self._family_due_s = 0.0
 
     @property
     def writes(self) -> bool:
@@ -99,6 +102,7 @@ class LocalHost:
         owned = tuple(self._owned(gpu, records) for gpu in gpus)
         failures = {record.id: self._failure(record, found[record.id], desired) for record in records}
         if self.writes:
+            self._track(records)
             for record in records:
                 seen = Seen(
                     now=now,
@@ -152,10 +156,14 @@ class LocalHost:
         here = [record for record in records if self._found[record.id].life is not Life.EXITED]
         sessions = {found.session: record.id for record in here if (found := self._found[record.id]).session}
         members = {member[0]: record.id for record in here for member in [record.leader, *record.members] if member}
+        escaped = {(m[0], m[1]): record.id for record in here for m in [record.leader, *record.members] if m}
         owned: list[GpuProcess] = []
         for process in gpu.processes:
             stat = processes.read_stat(process.pid)
-            launch = sessions.get(stat.session) if stat else members.get(process.pid)
+            if stat is None:
+                launch = members.get(process.pid)
+            else:
+                launch = sessions.get(stat.session) or escaped.get((stat.pid, stat.start_ticks))
             user, command = ("", "") if launch else processes.user_and_command(process.pid)
             owned.append(dataclasses.replace(process, user=user, command=command, launch=launch))
         return dataclasses.replace(gpu, processes=tuple(owned))
@@ -219,6 +227,20 @@ class LocalHost:
         engine = desired.engine(record.engine_name)
         return learned.why_it_failed(record, found.exit_code, members, engine, self.environ)
 
+    def _track(self, records: Iterable[Record]) -> None:
+        """Puts on record, now and then, who of ours left the session while its parent lives."""
+        if time.monotonic() < self._family_due_s or not self._found:
+            return
+        self._family_due_s = time.monotonic() + _FAMILY_S
+        stats = list(processes.scan())
+        for record in records:
+            found = self._found[record.id]
+            if found.life is Life.ALIVE and found.leader is not None:
+                members = observe.with_escaped(record, found.session, found.leader, stats)
+                if members != record.members:
+                    record.members = members
+                    self.records.save(record)
+
     def _note(self, record: Record, found: Found, ready: bool, failure: Failure | None, now: float) -> None:
         """Puts on record what was learned: who the leader is, that it got ready, how and why it ended."""
         before = (record.leader, record.ready_at, record.ended, record.members)
@@ -228,8 +250,7 @@ class LocalHost:
                 record.leader = [full.pid, full.start_ticks, full.inode]
         if ready and record.ready_at is None:
             record.ready_at = now
-            members = processes.session_members(found.session)
-            record.members = [[stat.pid, stat.start_ticks, 0] for stat in members]
+            record.members = observe.members(record, found.session, found.leader) if found.leader else []
         if found.life is Life.EXITED and not record.ended:
             record.ended = True
             record.exit_code = found.exit_code
@@ -353,7 +374,7 @@ class LocalHost:
         found = self._found.get(action.launch)
         if record is None or found is None or found.leader is None:
             return
-        record.members = [[s.pid, s.start_ticks, 0] for s in processes.session_members(found.session)]
+        record.members = observe.members(record, found.session, found.leader)
         record.destination = [gpu.uuid for gpu in action.goes_to]
         self.records.save(record)
         processes.send(found.leader, signal.SIGTERM)

@@ -54,6 +54,7 @@ class Stat:
     pid: int
     command: str
     state: str
+    parent: int
     session: int
     start_ticks: int
 
@@ -90,6 +91,7 @@ def parse_stat(text: str) -> Stat | None:
             pid=int(text[:opening]),
             command=text[opening + 1 : closing],
             state=fields[0],
+            parent=int(fields[1]),
             session=int(fields[3]),
             start_ticks=int(fields[19]),
         )
@@ -124,22 +126,41 @@ def identify(pid: int) -> ProcessId | None:
 
 @cache
 def _inodes_tell() -> bool:
-    """Whether pidfds have inodes of their own (kernel 6.9); before, all share one."""
-    inodes = set()
-    for pid in (os.getpid(), os.getppid() or 1):
-        try:
-            descriptor = os.pidfd_open(pid)
-        except OSError:
-            return False
-        inodes.add(os.fstat(descriptor).st_ino)
+    """Whether pidfds have inodes of their own (kernel 6.9); before, they share one with all that has none."""
+    nameless = os.eventfd(0)
+    try:
+        shared = os.fstat(nameless)
+    finally:
+        os.close(nameless)
+    try:
+        descriptor = os.pidfd_open(os.getpid())
+    except OSError:
+        return False
+    try:
+        own = os.fstat(descriptor)
+    finally:
         os.close(descriptor)
-    return len(inodes) == 2
+    return (own.st_dev, own.st_ino) != (shared.st_dev, shared.st_ino)
 
 
 def alive(process: ProcessId) -> bool:
     """Whether this very process still runs."""
     stat = read_stat(process.pid)
-    return stat is not None and stat.running and stat.start_ticks == process.start_ticks
+    if stat is None or not stat.running or stat.start_ticks != process.start_ticks:
+        return False
+    return not (process.inode and _inodes_tell()) or _inode(process.pid) == process.inode
+
+
+def _inode(pid: int) -> int:
+    """The inode of a pidfd of whatever has that pid now; 0 where nothing has."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return 0
+    try:
+        return os.fstat(descriptor).st_ino
+    finally:
+        os.close(descriptor)
 
 
 def open_pidfd(process: ProcessId) -> int | None:
@@ -177,13 +198,6 @@ def scan() -> Iterator[Stat]:
     for entry in os.scandir("/proc"):
         if entry.name.isdecimal() and (stat := read_stat(int(entry.name))) is not None:
             yield stat
-
-
-def session_members(session: int) -> list[Stat]:
-    """The running processes of a session, without the one that leads it; 0 is no session of ours."""
-    if not session:
-        return []
-    return [stat for stat in scan() if stat.session == session and stat.pid != session and stat.running]
 
 
 def is_marked(pid: int, launch_id: str) -> bool:

@@ -3,8 +3,9 @@
 ::
 
     lock              held by the one who reconciles; says who that is
-    allow-moves.json  word for the daemon that a person allowed moves, until it has read it
+    agreed.json       word for the daemon of the plan to which a person agreed, until it has read it
     generation.json   how often the file has changed, and its digest
+    held.json         the content of the file that the daemon holds back until a person confirms it
     last-good.yaml    the last content of the file that was valid
     measured.json     what past starts took                        (learned.py)
     status.json       what the one who reconciles last reported
@@ -23,7 +24,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,38 @@ class Holder:
     def text(self) -> str:
         """Who it is, for a message."""
         return f"{self.role} (pid {self.pid}, following {self.file})"
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """To what a person agreed: this content of the file, with these values, this plan, and moves or not.
+
+    ``values`` is ``core.resolve.values_mark`` for the daemon's pid, ``plan`` the ``mark()`` of the plan.
+    """
+
+    digest: str
+    values: str
+    plan: str
+    allow_moves: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A content of the file that is not in force until it is confirmed: what it would stop, and since when."""
+
+    digest: str
+    file: str
+    replicas: tuple[str, ...]
+    running: int
+    guard: str
+    since: float
+
+
+def held_document(held: Held | None) -> dict[str, Any] | None:
+    """What ``status -o json`` tells of it."""
+    if held is None:
+        return None
+    return {"replicas": list(held.replicas), "running": held.running, "guard": held.guard, "since": held.since}
 
 
 def this_process(role: str, file: Path) -> Holder:
@@ -208,20 +241,41 @@ class StateFolder:
         """
         write_atomically(self.path / name, json.dumps(data))
 
-    def allow_moves(self, digest: str) -> None:
-        """Leaves word for the daemon that a person allowed moves, for this content of the file.
+    def leave_word(self, word: Word) -> None:
+        """Leaves word for the daemon of what a person agreed to.
 
         Raises:
             StateError: the state folder cannot be written.
         """
-        self.write_json("allow-moves.json", {"digest": digest})
+        self.write_json("agreed.json", asdict(word))
 
-    def moves_allowed(self) -> str:
-        """For which content of the file moves were allowed; empty where for none. The word is taken away."""
-        digest = str(self.read_json("allow-moves.json").get("digest", ""))
+    def take_word(self) -> Word | None:
+        """What a person agreed to; None where nobody left word. The word is taken away."""
+        told = self.read_json("agreed.json")
         with contextlib.suppress(OSError):
-            (self.path / "allow-moves.json").unlink()
-        return digest
+            (self.path / "agreed.json").unlink()
+        try:
+            return Word(**told)
+        except TypeError:
+            return None
+
+    def hold(self, held: Held) -> None:
+        """Puts on record that this content is held back.
+
+        Raises:
+            StateError: it cannot be written.
+        """
+        self.write_json("held.json", asdict(held))
+
+    def held(self, file: Path, digest: str) -> Held | None:
+        """Whether this content is held back; one that was accepted is not, whatever a crash left behind."""
+        told = self.read_json("held.json")
+        if (told.get("file"), told.get("digest")) != (str(file), digest) or self.generation(digest)[1]:
+            return None
+        try:
+            return Held(**{**told, "replicas": tuple(told["replicas"])})
+        except (KeyError, TypeError):
+            return Held(digest, str(file), (), 0, "", 0.0)
 
     def generation(self, digest: str) -> tuple[int, bool]:
         """The number of this content of the file, and whether it is the one that was last acted on."""
@@ -240,4 +294,6 @@ class StateFolder:
         if not known or self.read_json("generation.json").get("file") != str(file):
             write_atomically(self.path / "last-good.yaml", content)
             self.write_json("generation.json", {"generation": number, "digest": digest, "file": str(file)})
+        with contextlib.suppress(OSError):
+            (self.path / "held.json").unlink(missing_ok=True)
         return number

@@ -36,7 +36,13 @@ class Box:
             "XDG_CACHE_HOME": str(folder / "cache"),  # what hubs told others is none of its business
         }
         self.daemons: list[subprocess.Popen[bytes]] = []
+        self.prefix: list[str] = []
         self._seen: set[str] = set()
+
+    def without(self, *capabilities: str) -> None:
+        """Keeps what root starts from now on from these capabilities."""
+        if os.geteuid() == 0:
+            self.prefix = ["setpriv", "--bounding-set", ",".join(f"-{name}" for name in capabilities), "--"]
 
     def write(self, engines: str, host: str = "gpus: [{name: H100-80GB, memory: 80GiB, count: 2}]") -> None:
         """Replaces the file as editors do: another file, renamed."""
@@ -50,7 +56,7 @@ class Box:
     def run(self, *words: str, expect: int | None = 0, stdin: str | None = None, **environ: str) -> str:
         """Runs a command to its end; returns what it printed."""
         done = subprocess.run(
-            [sys.executable, "-m", "sage_reconcile", *words],
+            [*self.prefix, sys.executable, "-m", "sage_reconcile", *words],
             cwd=self.folder,
             env={**self.environ, **environ},
             capture_output=True,
@@ -89,9 +95,13 @@ class Box:
 
     def start_daemon(self, **environ: str) -> subprocess.Popen[bytes]:
         """``run`` in the background."""
+        return self.start("run", **environ)
+
+    def start(self, *words: str, **environ: str) -> subprocess.Popen[bytes]:
+        """A command in the background."""
         with (self.folder / "daemon.log").open("ab") as log:
             daemon = subprocess.Popen(
-                [sys.executable, "-m", "sage_reconcile", "run"],
+                [*self.prefix, sys.executable, "-m", "sage_reconcile", *words],
                 cwd=self.folder,
                 env={**self.environ, **environ},
                 stdin=subprocess.DEVNULL,

@@ -209,10 +209,10 @@ def test_links_on_the_way_to_the_file_are_followed(box: Box) -> None:
     box.until("two, before the slow resync", lambda: set(box.ready()) == {"chat/0", "code/0"}, 20)
 
 
-def test_leave_for_moves_that_no_daemon_heard_is_no_leave_for_the_next(box: Box) -> None:
+def test_what_was_agreed_with_a_daemon_that_is_no_more_is_no_leave_for_the_next(box: Box) -> None:
     box.write(ONE)
     box.run("apply", "--yes")
-    word = box.state / "allow-moves.json"
+    word = box.state / "agreed.json"
     word.write_text('{"digest": "of a plan that was shown long ago"}')
     box.start_daemon()
     box.until("the daemon is up", lambda: events(box, "file accepted"))

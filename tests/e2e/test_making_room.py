@@ -59,7 +59,7 @@ def test_the_daemon_moves_what_is_movable_and_apply_gives_it_leave_for_more(box:
     shown = box.run("apply", "--yes", "--allow-moves")
     assert "does it" in shown
     assert len(box.ready()) == 3
-    assert not (box.state / "allow-moves.json").exists()
+    assert not (box.state / "agreed.json").exists()
 
 
 def test_a_lower_priority_gives_way_where_the_file_says_so_and_comes_back(box: Box) -> None:

@@ -32,7 +32,7 @@ from sage_reconcile.host.processes import LAUNCH_VARIABLE
 from sage_reconcile.host.state import StateFolder
 from sage_reconcile.reconcile import Pass, run_pass
 from sage_reconcile.simulator import gpus as simulated_gpus
-from tests.host.world import ROOT, eventually, free_port, record, stranger
+from tests.host.world import ROOT, eventually, free_port, record, session_members, stranger
 from tests.reading import desired
 
 NO_GPU = "version: 1\nhost: {gpus: none}\n"
@@ -271,9 +271,9 @@ def test_records_of_another_boot_are_history_and_their_pids_strangers(place: Pla
 def test_neither_stop_nor_kill_nor_reap_touch_a_process_that_is_not_ours(place: Place) -> None:
     """The record has the pid of a stranger, as after the pid was used again."""
     with stranger("sh", "-c", "sleep 600 & wait", PLACE=str(place.folder)) as other:
-        eventually(lambda: processes.session_members(other.pid))
+        eventually(lambda: session_members(other.pid))
         now = processes.identify(other.pid)
-        child = processes.identify(processes.session_members(other.pid)[0].pid)
+        child = processes.identify(session_members(other.pid)[0].pid)
         assert now
         assert child
         lies = [

@@ -14,7 +14,7 @@ import pytest
 from sage_reconcile.core.observed import Life
 from sage_reconcile.host import observe, processes
 from sage_reconcile.host.processes import LAUNCH_VARIABLE, ProcessId
-from tests.host.world import LAUNCH, Launched, eventually, launched, record, stranger
+from tests.host.world import LAUNCH, Launched, eventually, launched, record, session_members, stranger
 
 NOTHING: frozenset[int] = frozenset()
 TREE = "sleep 600 & sleep 600 & echo up; wait"
@@ -133,10 +133,10 @@ def test_without_shell_and_mark_they_are_proven_by_having_been_seen_before(tmp_p
     unmarked = f"env -u {LAUNCH_VARIABLE} sleep 600 & env -u {LAUNCH_VARIABLE} sleep 600 & echo up; wait"
     with launched(tmp_path, unmarked) as launch:
         launch.said("up")
-        eventually(lambda: [s.command for s in processes.session_members(launch.shell.pid)].count("sleep") == 2)
+        eventually(lambda: [s.command for s in session_members(launch.shell.pid)].count("sleep") == 2)
         leader, (first, second) = (
             launch.leader(),
-            [stat for stat in processes.session_members(launch.shell.pid) if stat.command == "sleep"],
+            [stat for stat in session_members(launch.shell.pid) if stat.command == "sleep"],
         )
         launch.shell.kill()
         launch.shell.wait()
@@ -169,7 +169,7 @@ def test_a_leader_whose_pid_was_given_to_a_stranger_has_ended(tmp_path: Path) ->
 def test_a_session_whose_number_was_given_to_a_stranger_is_left_alone(tmp_path: Path) -> None:
     """The shell and all of the launch are gone; a stranger's session now has the shell's pid."""
     with stranger("sh", "-c", "sleep 600 & sleep 600 & wait") as other:
-        eventually(lambda: len(processes.session_members(other.pid)) == 2)
+        eventually(lambda: len(session_members(other.pid)) == 2)
         head = processes.identify(other.pid)
         assert head
         found = observe.examine(record(), run_file(tmp_path, 4194001, other.pid, head.start_ticks - 50), NOTHING)
@@ -196,13 +196,13 @@ def test_a_strangers_session_is_left_alone_though_its_head_is_a_zombie(tmp_path:
         head = int(parent.stdout.readline())
         try:
             stat = eventually(lambda: (s := processes.read_stat(head)) and s.state == "Z" and s)
-            members = processes.session_members(head)
+            members = session_members(head)
             assert len(members) == 1
             path = run_file(tmp_path, 4194001, head, stat.start_ticks - 50)
             found = observe.examine(record(), path, NOTHING)
             assert (found.life, found.members) == (Life.EXITED, [])
         finally:
-            for member in processes.session_members(head):
+            for member in session_members(head):
                 os.kill(member.pid, signal.SIGKILL)
             parent.kill()
 
@@ -250,9 +250,9 @@ def test_memory_of_a_stranger_with_a_members_old_pid_keeps_nothing_alive(tmp_pat
 def test_identities_are_of_those_that_still_run_and_are_the_same(tmp_path: Path) -> None:
     with launched(tmp_path, TREE) as launch, stranger() as other:
         launch.said("up")
-        stats = processes.session_members(launch.shell.pid)
+        stats = session_members(launch.shell.pid)
         assert {process.pid for process in observe.identities(stats)} == {stat.pid for stat in stats}
         stat = processes.read_stat(other.pid)
         assert stat
-        earlier = processes.Stat(stat.pid, stat.command, "S", stat.session, stat.start_ticks - 1)
+        earlier = processes.Stat(stat.pid, stat.command, "S", stat.parent, stat.session, stat.start_ticks - 1)
         assert observe.identities([earlier]) == []

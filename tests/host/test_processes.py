@@ -15,7 +15,7 @@ import pytest
 from sage_reconcile.errors import SpawnError
 from sage_reconcile.host import processes
 from sage_reconcile.host.processes import ProcessId, Run
-from tests.host.world import LAUNCH, Launched, eventually, launched, shell, stranger, zombie
+from tests.host.world import LAUNCH, Launched, eventually, launched, session_members, shell, stranger, zombie
 
 
 def identity(pid: int) -> ProcessId:
@@ -220,7 +220,7 @@ def test_the_lock_of_the_run_file_is_held_as_long_as_the_shell_lives(tmp_path: P
         eventually(lambda: Path(f"/proc/{leader.pid}/comm").read_text() == "sleep\n", "the leader is what it is to be")
         assert not processes.under_way(launch.run_file), "neither the leader nor its children have the lock"
         assert processes.alive(leader), "a shell that is killed alone takes nothing along"
-        assert [stat.pid for stat in processes.session_members(launch.shell.pid)] == [leader.pid]
+        assert [stat.pid for stat in session_members(launch.shell.pid)] == [leader.pid]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
@@ -251,7 +251,7 @@ def test_members_are_the_running_ones_of_the_session_without_the_shell(tmp_path:
         launch.said("apart")
         apart = int((tmp_path / "pid").read_text())
         try:
-            names = sorted(stat.command for stat in processes.session_members(launch.shell.pid))
+            names = sorted(stat.command for stat in session_members(launch.shell.pid))
             assert names == ["sh", "sleep"]
             assert apart not in launch.members(), "it has a session of its own"
         finally:

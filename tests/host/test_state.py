@@ -19,7 +19,7 @@ import pytest
 
 from sage_reconcile.errors import LockHeld, StateError
 from sage_reconcile.host import state as state_module
-from sage_reconcile.host.state import Holder, StateFolder, default_folder
+from sage_reconcile.host.state import Held, Holder, StateFolder, Word, default_folder
 from tests.host.world import ROOT, eventually
 
 ME = Holder(os.getpid(), 1, "apply", "/x/engines.yaml", 1.0)
@@ -242,14 +242,46 @@ def test_being_refused_the_lock_takes_no_long_time(tmp_path: Path) -> None:
         assert eventually(StateFolder(tmp_path).holder)
 
 
-def test_leave_for_moves_is_for_one_content_of_the_file_and_is_read_once(tmp_path: Path) -> None:
+def test_what_was_agreed_is_told_once_and_the_last_word_counts(tmp_path: Path) -> None:
     state = StateFolder(tmp_path / "s")
     state.create()
-    assert state.moves_allowed() == ""
-    state.allow_moves("sha256:one")
-    state.allow_moves("sha256:two")
-    assert StateFolder(tmp_path / "s").moves_allowed() == "sha256:two"
-    assert state.moves_allowed() == ""
-    assert not list((tmp_path / "s").glob("allow-moves*"))
-    (tmp_path / "s" / "allow-moves.json").write_text("torn")
-    assert state.moves_allowed() == ""
+    assert state.take_word() is None
+    state.leave_word(Word("one", "v", "p"))
+    state.leave_word(Word("two", "v", "p", allow_moves=True))
+    assert StateFolder(tmp_path / "s").take_word() == Word("two", "v", "p", allow_moves=True)
+    assert state.take_word() is None
+    assert not list((tmp_path / "s").glob("agreed*"))
+    for torn in ("torn", "[]", '{"digest": "two"}', '{"digest": "a", "values": "", "plan": "", "later": 1}'):
+        (tmp_path / "s" / "agreed.json").write_text(torn)
+        assert state.take_word() is None
+
+
+def test_what_is_held_back_is_so_until_something_is_accepted(tmp_path: Path) -> None:
+    state, file = StateFolder(tmp_path), tmp_path / "engines.yaml"
+    state.create()
+    held = Held("d2", str(file), ("chat/0",), 1, "0", 7.0)
+    assert state.held(file, "d2") is None
+    state.accept(file, "d1", "one")
+    state.hold(held)
+    assert StateFolder(tmp_path).held(file, "d2") == held
+    assert state.held(file, "d1") is None
+    assert state.held(tmp_path / "other.yaml", "d2") is None
+    state.accept(file, "d1", "one")
+    assert state.held(file, "d2") is None
+    state.hold(held)
+    text = (tmp_path / "held.json").read_text()
+    state.accept(file, "d2", "two")
+    assert not (tmp_path / "held.json").exists()
+    (tmp_path / "held.json").write_text(text)
+    assert state.held(file, "d2") is None, "a crash came between its acceptance and this"
+
+
+@pytest.mark.parametrize("gone", ["replicas", "running", "guard", "since"])
+def test_what_another_version_holds_back_is_held_back(tmp_path: Path, gone: str) -> None:
+    state, file = StateFolder(tmp_path), tmp_path / "engines.yaml"
+    state.create()
+    told = {"digest": "d", "file": str(file), "replicas": ["a/0"], "running": 1, "guard": "0", "since": 1.0}
+    (tmp_path / "held.json").write_text(json.dumps({key: value for key, value in told.items() if key != gone}))
+    assert state.held(file, "d") is not None
+    (tmp_path / "held.json").write_text(json.dumps({**told, "invented_later": 1}))
+    assert state.held(file, "d") is not None

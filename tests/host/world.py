@@ -73,7 +73,7 @@ class Launched:
         eventually(lambda: text in self.log.read_text(), f"{text!r} in the log")
 
     def members(self) -> list[int]:
-        return [stat.pid for stat in processes.session_members(self.shell.pid)]
+        return [stat.pid for stat in session_members(self.shell.pid)]
 
     def end(self) -> None:
         """Kills what is left of the session."""
@@ -123,6 +123,11 @@ def zombie() -> subprocess.Popen[bytes]:
 def shell(code: str) -> str:
     """Python code as words of a shell."""
     return f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}"
+
+
+def session_members(session: int) -> list[processes.Stat]:
+    """The running processes of a session, without the one that leads it."""
+    return [stat for stat in processes.scan() if stat.session == session and stat.pid != session and stat.running]
 
 
 def free_port() -> int:

@@ -1,17 +1,21 @@
-"""The reconciling process is killed at any moment, and the next one ends where the file says.
+"""Whoever is killed at any moment, reconciling process or part of an engine: all ends where the file says.
 
 Judged by the world alone: the processes that run, the GPU memory they hold, the records on disk. Every process
 that comes from a box carries a mark of the test's own, so that one whose record was lost is found too.
+
+``python -m tests.e2e.kills --daemon 300 --engines 300`` does it at length; the tests do a little of it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -19,15 +23,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pytest
-
 from sage_reconcile.host import documents
-from sage_reconcile.host.processes import LAUNCH_VARIABLE
+from sage_reconcile.host.processes import LAUNCH_VARIABLE, scan
 from sage_reconcile.simulator import gpus
-from tests.e2e.box import REPOSITORY, Box
+from tests.e2e.box import REPOSITORY, Box, box
 
 MARK = "KILLED_DAEMON_TEST"
-HOST = "gpus: [{name: H100-80GB, memory: 80GiB, count: 6}]"
+HOST = "gpus: [{name: H100-80GB, memory: 80GiB, count: 6}]\nguard: off"
 LOOKS_LIKE_AN_ENGINE = """
 import sys, time
 print("up", flush=True)
@@ -117,7 +119,7 @@ def judge(box: Box, entries: dict[str, Entry]) -> None:
     records = {record["id"]: record for record in box.records()}
     living = {key: record for key, record in records.items() if not record["ended"]}
     assert set(launches) == set(living), "each launch that runs has a record, and each record not ended runs"
-    assert Counter(f"{r['engine_name']}/{r['index']}" for r in living.values()) == Counter(wanted.keys())
+    assert sorted(f"{r['engine_name']}/{r['index']}" for r in living.values()) == sorted(wanted)
     claims: Counter[str] = Counter()
     for launch, processes in launches.items():
         record = living[launch]
@@ -264,31 +266,99 @@ class Rounds:
             self.daemon = None
 
 
+def role(seen: Seen) -> str:
+    """What a process is in the tree of its engine."""
+    name = " ".join(seen.words)
+    if seen.pid == seen.session:
+        return "shell"
+    return next((part for part in ("Worker", "EngineCore") if part in name), "server")
+
+
+class EngineRounds(Rounds):
+    """Kills of parts of engines under a daemon, some while it works an edit in."""
+
+    def __init__(self, box: Box, seed: int) -> None:
+        super().__init__(box, seed)
+        self.roles: Counter[str] = Counter()
+
+    def kill(self, wanted: str) -> None:
+        """Kills one process of that role, and with a shell the server, so that nobody can tell how that ended."""
+        found = [seen for seen in marked(self.box) if seen.launch and role(seen) == wanted]
+        if not found:
+            return
+        victim = self.chance.choice(found)
+        pids = [victim.pid]
+        if wanted == "shell":
+            pids += [seen.pid for seen in marked(self.box) if seen.parent == victim.pid]
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                self.roles[wanted] += 1
+                wanted = "server"
+        self._hit.add(victim.launch)
+
+    def round(self) -> None:
+        """One to three kills at any moment, and all is as the file says again."""
+        self._hit: set[str] = set()
+        if self.chance.random() < 0.4:
+            self.edit()
+        for _ in range(self.chance.choice((1, 1, 2, 3))):
+            time.sleep(self.chance.choice((0.0, 0.05, 0.3, 0.6)) * self.chance.random())  # any moment is the point
+            self.kill(self.chance.choice(("server", "server", "EngineCore", "EngineCore", "Worker", "shell")))
+        daemon = self.daemon
+        assert daemon is not None
+        self.box.until("all is well again", lambda: self._well(daemon), every_s=0.1)
+        judge(self.box, self.entries)
+
+    def _well(self, daemon: subprocess.Popen[bytes]) -> bool:
+        assert daemon.poll() is None, "the daemon lives"
+        daemon.send_signal(signal.SIGHUP)  # as a person does who does not want to wait for a back-off
+        if not self.converged(daemon):
+            return False
+        told = json.loads((self.box.state / "status.json").read_text(encoding="utf-8"))
+        serving = {replica["launch"] for engine in told.get("engines", ()) for replica in engine["replicas"]}
+        return not self._hit & (serving | {seen.launch for seen in marked(self.box)})
+
+
 @contextmanager
-def decoys() -> Iterator[None]:
-    """Strangers that look like ours by name, command line or mark; at the end they must be as they were."""
+def decoys(launch: str = "0badcafe") -> Iterator[None]:
+    """Strangers that look like ours by name, command line, mark or session; at the end they must be as they were."""
     look = ["-m", "sage_reconcile.simulator", "--model", "a/b-7B", "--served-model-name", "one"]
-    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SPT_NOENV": "1"}
+    environ = {key: value for key, value in os.environ.items() if key != LAUNCH_VARIABLE}
+    environ |= {"PYTHONPATH": str(REPOSITORY), "SPT_NOENV": "1"}
+    mark = {LAUNCH_VARIABLE: launch, "SAGE_RECONCILE_REPLICA": "one/0"}
+    titled = [sys.executable, "-c", IS_TITLED_LIKE_A_CORE]
+    shell = ["/bin/sh", "-s", "sage-reconcile one/0"]
     strangers = [
         subprocess.Popen(
-            [sys.executable, "-c", code, *words],
-            stdout=subprocess.PIPE,
-            env={**environ, **more},
-            start_new_session=True,
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**environ, **more}, start_new_session=True
         )
-        for code, words, more in (
-            (LOOKS_LIKE_AN_ENGINE, look, {}),
-            (IS_TITLED_LIKE_A_CORE, look, {}),
-            (IS_TITLED_LIKE_A_CORE, [], {LAUNCH_VARIABLE: "0badcafe", "SAGE_RECONCILE_REPLICA": "one/0"}),
+        for words, more in (
+            ([sys.executable, "-c", LOOKS_LIKE_AN_ENGINE, *look], {}),
+            ([*titled, *look], {}),
+            (titled, mark),
+            (shell, mark),
         )
     ]
+    session = strangers[-1]
+    assert session.stdin
+    session.stdin.write(b"sleep 600 & echo up; wait\n")
+    for stranger in strangers:
+        assert stranger.stdin
+        stranger.stdin.close()
     try:
         for stranger in strangers:
             assert stranger.stdout
             assert stranger.stdout.readline() == b"up\n"
+        before = [stat for stat in scan() if stat.session in {stranger.pid for stranger in strangers}]
+        assert len(before) == len(strangers) + 1
         yield
-        assert [stranger.poll() for stranger in strangers] == [None, None, None], "strangers run on"
+        assert [stranger.poll() for stranger in strangers] == [None] * len(strangers), "strangers run on"
+        after = {(stat.pid, stat.start_ticks) for stat in scan() if stat.state not in "ZXT"}
+        assert {(stat.pid, stat.start_ticks) for stat in before} <= after, "and so do their children"
     finally:
+        with suppress(ProcessLookupError):
+            os.killpg(session.pid, signal.SIGKILL)
         for stranger in strangers:
             stranger.kill()
             stranger.wait()
@@ -303,13 +373,8 @@ def moments(count: int, chance: random.Random) -> list[float]:
     return parts
 
 
-@pytest.mark.parametrize(
-    ("how", "seed", "count"),
-    [("daemon", 1, 15), ("daemon", 2, 15), ("running daemon", 3, 20), ("apply", 4, 10), ("apply", 5, 10)],
-)
-def test_a_kill_at_any_moment_loses_nothing_doubles_nothing_and_leaves_nothing(
-    box: Box, how: str, seed: int, count: int
-) -> None:
+def kill_the_reconciler(box: Box, how: str, seed: int, count: int) -> Counter[str]:
+    """So many kills of a daemon, or of ``apply``, spread over its work; how far it was each time."""
     rounds = Rounds(box, seed)
     with decoys(), rounds.ended():
         rounds.undisturbed(how)
@@ -317,4 +382,43 @@ def test_a_kill_at_any_moment_loses_nothing_doubles_nothing_and_leaves_nothing(
             if number in (0, count // 2):
                 rounds.undisturbed(how)
             rounds.killed(how, part)
-    assert rounds.stages["under way"] >= count // 3, rounds.stages
+    return rounds.stages
+
+
+def kill_engines(box: Box, seed: int, count: int) -> Counter[str]:
+    """So many kills, at least, of processes of engines; how many of each role."""
+    rounds = EngineRounds(box, seed)
+    with rounds.ended():
+        rounds.undisturbed("daemon")
+        while rounds.roles.total() < count:
+            launches = [record["id"] for record in box.records() if not record["ended"]]
+            with decoys(rounds.chance.choice(launches or ["0badcafe"])):  # the mark of an engine that runs
+                for _ in range(5):
+                    rounds.round()
+    return rounds.roles
+
+
+def main() -> None:
+    """The long run."""
+    parser = argparse.ArgumentParser(description="Kill daemons and engines, and see that nothing is lost or doubled.")
+    parser.add_argument("--daemon", type=int, default=300, help="kills of the reconciling process")
+    parser.add_argument("--engines", type=int, default=300, help="kills of processes of engines")
+    parser.add_argument("--seed", type=int, default=1)
+    asked = parser.parse_args()
+    stages: Counter[str] = Counter()
+    roles: Counter[str] = Counter()
+    begun, seed = time.monotonic(), asked.seed
+    while stages.total() < asked.daemon or roles.total() < asked.engines:
+        with tempfile.TemporaryDirectory(prefix="sr-") as folder, box(Path(folder)) as made:
+            if stages.total() < asked.daemon:
+                how = ("running daemon", "daemon", "apply")[seed % 3]
+                stages += kill_the_reconciler(made, how, seed, min(25, asked.daemon - stages.total()))
+            else:
+                roles += kill_engines(made, seed, min(50, asked.engines - roles.total()))
+        seed += 1
+        print(f"{time.monotonic() - begun:6.0f}s  daemon {dict(stages)}  engines {dict(roles)}", flush=True)
+    print("nothing lost, nothing doubled, nothing left over, no stranger touched")
+
+
+if __name__ == "__main__":
+    main()
