@@ -127,8 +127,8 @@ class _Pages:
         if layer.attention and layer.attention.cached:
             page = self.of_token(layer.attention) * self.tokens
             yield _Cached((layer.attention.kind, layer.attention.window), page, self.tokens)
-        if layer.mamba:
-            yield _Cached((MAMBA, 0), self.of_state(layer.mamba), 0)
+        if layer.mamba and (state := self.of_state(layer.mamba)):  # a convolution over one token keeps nothing
+            yield _Cached((MAMBA, 0), state, 0)
 
     def aligned(self) -> _Pages:
         """Beside Mamba a block has so many tokens, by 16 (MLA: by 128), that a page of attention holds a state.

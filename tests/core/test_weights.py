@@ -291,6 +291,12 @@ def test_whatever_a_configuration_says_it_is_read_or_refused(odd: dict[str, Any]
         assert size_of(found, work, Card()).total_mib > 0
 
 
+def test_layers_whose_state_is_empty_keep_nothing() -> None:
+    found = read_model_config(PLAIN | {"conv_L_cache": 1, "attn_layer_period": 2})
+    assert found is not None
+    assert size_of(found, Workload(context=1000), Card()).kv_tokens >= 1000
+
+
 def test_as_many_layers_as_no_model_has_are_refused() -> None:
     assert read_model_config(PLAIN | {"num_hidden_layers": 10**12}) is None
 
