@@ -34,7 +34,9 @@ def changes(desired: Desired, engine: Engine, launch: Launch, gpus: Sequence[Gpu
     found: list[Change] = []
     if engine.record != launch.spec:
         for name, effect in EFFECTS.items():
-            if effect is Effect.RESTART:
+            if name == "restarted":
+                found += _restart_asked(engine, launch)
+            elif effect is Effect.RESTART:
                 found += _field_changes(name, engine.record[name], launch.spec.get(name, _DEFAULTS[name]))
     found += _secret_changes(engine, launch, {change.field for change in found})
     found += _placement_changes(engine, launch, gpus)
@@ -57,6 +59,16 @@ def _field_changes(name: str, new: object, old: object) -> Iterator[Change]:
                 )
     else:
         yield Change(name, _text(old), _text(new))
+
+
+def _restart_asked(engine: Engine, launch: Launch) -> Iterator[Change]:
+    """Only a value that is there asks for anything; that one was taken away does not."""
+    known = launch.spec.get("restarted")
+    before = known if isinstance(known, Mapping) else {}
+    for key in ("all", str(launch.index)):
+        moment = engine.spec.restarted.get(key)
+        if moment is not None and moment != before.get(key):
+            yield Change(f"restarted.{key}", str(before.get(key) or ""), moment)
 
 
 def _secret_changes(engine: Engine, launch: Launch, known: set[str]) -> Iterator[Change]:
