@@ -46,6 +46,18 @@ def changes(desired: Desired, engine: Engine, launch: Launch, gpus: Sequence[Gpu
     return tuple(found)
 
 
+def differences(before: Engine | None, after: Engine) -> tuple[Change, ...]:
+    """How two readings of an entry differ, field by field; hidden values are not shown."""
+    old = before.record if before else _DEFAULTS
+    found = [change for name in EFFECTS for change in _field_changes(name, after.record[name], old.get(name))]
+    if before is not None:
+        known, now = before.secrets, after.secrets
+        told = {change.field for change in found}
+        others = (path for path in now if path in known and now[path] != known[path] and path not in told)
+        found += (Change(path, HIDDEN, f"{HIDDEN}, another value") for path in others)
+    return tuple(found)
+
+
 def _field_changes(name: str, new: object, old: object) -> Iterator[Change]:
     if new == old:
         return

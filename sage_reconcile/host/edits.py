@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import difflib
 import errno
 import fcntl
 import json
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from sage_reconcile.core.changes import Change, Present, changed
+from sage_reconcile.core.resolve import HIDDEN
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.errors import EditRefused, FileFaults, LockHeld
 from sage_reconcile.host import documents, files, splice
@@ -36,6 +39,7 @@ _POLL_S = 0.01
 _TRIES = 1000
 _DRAFT = ".sage-edit"
 _BOM = b"\xef\xbb\xbf"
+_REFERENCE = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_]*(:-)?\}")
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _AT_CWD = -100
 
@@ -53,6 +57,15 @@ class Edited:
     def is_change(self) -> bool:
         """Whether the file was changed, or would be."""
         return self.before.desired.digest != self.after.desired.digest
+
+    def difference(self) -> str:
+        """The change as a unified diff. Values of ``env`` that are written out in the file are hidden in it."""
+        name = self.path.name
+        before, after = _without_secrets(self.before.text, self.after.text)
+        lines = difflib.unified_diff(
+            before.splitlines(keepends=True), after.splitlines(keepends=True), f"{name} (now)", name
+        )
+        return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
 
 
 def edit(
@@ -82,6 +95,27 @@ def edit(
                 return result
             target = Path(os.path.realpath(path))
     raise EditRefused(f"{path} is saved by somebody else all the time; try again later")
+
+
+def _without_secrets(before: str, after: str) -> tuple[str, str]:
+    """Both texts with literal values of ``env`` hidden; that one is another now is told."""
+    old, new = (_literals(documents.parse(text.encode(), "").data) for text in (before, after))
+    differing = [route for route in new if route in old and old[route] != new[route]]
+    same = [route for route in new if route not in differing]
+    after = splice.without(after, differing, f"{HIDDEN[:-1]}, another value)")
+    return splice.without(before, list(old), HIDDEN), splice.without(after, same, HIDDEN)
+
+
+def _literals(data: Mapping[str, Any]) -> dict[tuple[str, ...], object]:
+    """Every value of an ``env`` that is no reference, by its route."""
+    found: dict[tuple[str, ...], object] = {}
+    holders: dict[tuple[str, ...], Any] = {("engines", name): entry for name, entry in data["engines"].items()}
+    for route, holder in {**holders, ("defaults",): data.get("defaults")}.items():
+        env = holder.get("env") if isinstance(holder, Mapping) else None
+        for name, value in env.items() if isinstance(env, Mapping) else ():
+            if not (isinstance(value, str) and _REFERENCE.fullmatch(value)):
+                found[(*route, "env", name)] = value
+    return found
 
 
 def _tried(
