@@ -87,7 +87,7 @@ def start(wish: Wish, present: Present) -> tuple[str, list[Change]]:
     engine = known or present.desired.engine(name)
     if engine is None:
         return name, [Change(("engines", name), _new_entry(wish))]
-    if known is None and wish.model not in (engine.shown.model, engine.spec.model):
+    if known is None and wish.model not in (engine.shown.model, (engine.spec.model or "").replace("$", "$$")):
         raise EditRefused(
             f"{name} is in the file, with the model {engine.shown.model}; choose another --name, or change its model "
             f"with `sage-reconcile engine set {name} model={wish.model}`"
