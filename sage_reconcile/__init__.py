@@ -15,6 +15,8 @@ The way of the data, in the order in which to read it::
     in_force.py        which content of the file is in force: read, refused, held back, confirmed (core/guard.py)
     daemon.py          when a pass is due
     cli/               the commands
+    control_plane.py   the same from Python
+    core/changes.py    what start, stop, scale, set and restart change in the file; host/edits.py writes it, in place
 """
 
 __version__ = "0.1.0"

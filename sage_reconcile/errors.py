@@ -10,6 +10,7 @@
     │   └── PortTaken           … since another program has its port by now
     ├── StalePlan               file or machine are not as they were when the plan was shown; nothing was done
     ├── UnsafePlan              a plan failed its independent check; nothing of it was carried out
+    ├── EditRefused             the file cannot be changed as asked; it is as it was
     ├── NotFound                an engine or replica of that name does not exist
     └── UnknownModel            nothing on this machine tells how large a model is
 
@@ -88,6 +89,10 @@ class StalePlan(SageReconcileError):
 
 class UnsafePlan(SageReconcileError):
     """A plan failed its independent check, so nothing of it was carried out."""
+
+
+class EditRefused(SageReconcileError):
+    """``engines.yaml`` cannot be changed as asked; nothing was written. The message says why, and what to do."""
 
 
 class NotFound(SageReconcileError):

@@ -132,7 +132,7 @@ def follow_daemon(state: StateFolder, daemon: Holder, shown: Shown) -> dict[str,
                 heard = True
             if "engines" in told:
                 progress.show(told)
-                if told["converged"] or _nothing_moves(told, begun):
+                if told["converged"] or nothing_moves(told, begun):
                     return told
         if not processes.alive(processes.ProcessId(daemon.pid, daemon.start_ticks)):
             raise SageReconcileError(f"the daemon (pid {daemon.pid}) has ended; engines that run go on running")
@@ -151,7 +151,7 @@ def _same_plan(told: dict[str, Any], desired: Desired, *, begun: bool) -> None:
         raise SageReconcileError("the file has changed since the plan was made; run apply again")
 
 
-def _nothing_moves(told: dict[str, Any], begun: float) -> bool:
+def nothing_moves(told: dict[str, Any], begun: float) -> bool:
     """Whether what is not ready cannot become so before another try: it failed since we began, or has no place."""
     if told["busy"]:
         return False
@@ -175,14 +175,15 @@ def conclude(document: dict[str, Any], program: str) -> int:
     unplaced = [replica for replica in replicas if replica["unplaced"]]
     broken = [r for r in replicas if r["phase"] != "Ready" and not r["unplaced"]]
     for replica in broken:
-        _show_failure(replica)
+        show_failure(replica)
     counts = [f"{len(unplaced)} cannot be placed or started"] if unplaced else []
     counts += [f"{len(broken)} not ready"] if broken else []
     rendering.error("not everything is as the file says: " + ", ".join(counts or ["changes are left"]))
     return 3 if unplaced and not broken else 1
 
 
-def _show_failure(replica: dict[str, Any]) -> None:
+def show_failure(replica: dict[str, Any]) -> None:
+    """Prints why a replica is not ready, and the end of its log."""
     reason = f": {printable(replica['reason'])}" if replica["reason"] else ""
     print(f"\n{replica['name']} is {replica['phase']}{reason}", file=sys.stderr)
     failure = replica.get("failure")  # a daemon of an earlier version tells none

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from sage_reconcile import __version__
+from sage_reconcile.cli import engine
+from sage_reconcile.cli.options import AllowMoves, File, Finished, Output, State, Yes, json_wanted
 
 if TYPE_CHECKING:
     from sage_reconcile.core.gpu_models import Declared
@@ -29,39 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-File = Annotated[
-    Path | None,
-    typer.Option(
-        "-f",
-        "--file",
-        envvar="SAGE_RECONCILE_FILE",
-        help="The file; default ./engines.yaml, else /etc/sage-reconcile/engines.yaml.",
-        show_default=False,
-    ),
-]
-State = Annotated[
-    Path | None,
-    typer.Option(
-        "--state-dir",
-        envvar="SAGE_RECONCILE_STATE_DIR",
-        help="Where is kept what was started; default $STATE_DIRECTORY, /var/lib/sage-reconcile for root, "
-        "else ~/.local/state/sage-reconcile.",
-        show_default=False,
-    ),
-]
-Output = Annotated[str, typer.Option("-o", "--output", help="text or json.", metavar="text|json")]
-AllowMoves = Annotated[
-    bool,
-    typer.Option("--allow-moves", help="Move any running replica where that lets in one that has no place."),
-]
-Yes = Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")]
-
-
-class Finished(Exception):
-    """A command has come to its end."""
-
-    def __init__(self, code: int) -> None:
-        self.code = code
+app.add_typer(engine.app, name="engine")
 
 
 def _version(value: bool) -> None:
@@ -94,7 +64,7 @@ def validate(file: File = None, output: Output = "text") -> None:
     """Check the file; tell every fault with its place and what would be right."""
     from sage_reconcile.cli import commands
 
-    raise Finished(commands.validate(file, _format(output)))
+    raise Finished(commands.validate(file, json_wanted(output)))
 
 
 @app.command()
@@ -120,8 +90,8 @@ def diff(
     if gpus is not None:
         from sage_reconcile.cli.fitting import would_it_fit
 
-        raise Finished(would_it_fit(commands.file_path(file), _declared(gpus), as_json=_format(output)))
-    raise Finished(commands.diff(file, state_dir, _format(output), allow_moves=allow_moves))
+        raise Finished(would_it_fit(commands.file_path(file), _declared(gpus), as_json=json_wanted(output)))
+    raise Finished(commands.diff(file, state_dir, json_wanted(output), allow_moves=allow_moves))
 
 
 @app.command()
@@ -158,7 +128,7 @@ def status(
     """Show engines, replicas and GPUs as they are, whether the daemon runs or not."""
     from sage_reconcile.cli import commands
 
-    raise Finished(commands.status(file, state_dir, _format(output), watch=watch))
+    raise Finished(commands.status(file, state_dir, json_wanted(output), watch=watch))
 
 
 @app.command()
@@ -171,7 +141,7 @@ def gpu(
     """Show every GPU: its memory, who is on it, its load, and what keeps new engines off it."""
     from sage_reconcile.cli import gpus
 
-    raise Finished(gpus.gpu(file, state_dir, _format(output), topology=topology))
+    raise Finished(gpus.gpu(file, state_dir, json_wanted(output), topology=topology))
 
 
 @app.command()
@@ -230,7 +200,7 @@ def estimate(
     )
     kinds = _declared(gpu, "--gpu") if gpu is not None else ()
     asked = estimating.question(model, work, kinds, tensor_told=tensor is not None, longest=longest, kv_cache=kv_cache)
-    raise Finished(estimating.estimate_model(asked, as_json=_format(output), offline=offline))
+    raise Finished(estimating.estimate_model(asked, as_json=json_wanted(output), offline=offline))
 
 
 @app.command()
@@ -259,7 +229,7 @@ def explain(
     """Show why an engine is where it is, or nowhere: every GPU and its verdict. Exits 3 where it has no place."""
     from sage_reconcile.cli.explaining import explain_name
 
-    raise Finished(explain_name(file, state_dir, name, as_json=_format(output)))
+    raise Finished(explain_name(file, state_dir, name, as_json=json_wanted(output)))
 
 
 @app.command()
@@ -281,13 +251,6 @@ def _declared(text: str, option: str = "--gpus") -> Sequence[Declared]:
     except PydanticCustomError as error:
         told = error.context or {}
         raise typer.BadParameter(f"{told['what']}; {told['fix']}", param_hint=option) from None
-
-
-def _format(output: str) -> bool:
-    """Whether JSON is asked for."""
-    if output not in ("text", "json"):
-        raise typer.BadParameter(f"{output!r} is not an output format; write text or json", param_hint="-o")
-    return output == "json"
 
 
 def main() -> NoReturn:

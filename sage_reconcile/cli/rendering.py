@@ -33,6 +33,12 @@ def show_plan(text: str) -> None:
         print(typer.style(line, fg=colour) if colour else line)
 
 
+def show_difference(line: str) -> None:
+    """Prints a line of a unified diff in its colour."""
+    colour = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1]) if colours(sys.stdout) else None
+    print(typer.style(printable(line), fg=colour) if colour else printable(line))
+
+
 def error(message: str) -> None:
     """Prints an error where it belongs."""
     prefix = typer.style("error:", fg="red", bold=True) if colours(sys.stderr) else "error:"
@@ -47,6 +53,20 @@ def note(message: str) -> None:
 def show_status(document: Mapping[str, Any], now: float) -> None:
     """Prints engines, replicas and GPUs as tables."""
     replicas = [(engine, replica) for engine in document["engines"] for replica in engine["replicas"]]
+    if replicas:
+        show_replicas(replicas, now)
+    else:
+        print("No engine runs, and none is wanted.")
+    if document["gpus"]:
+        print()
+        _gpu_table(document["gpus"])
+    for text in document["notes"]:
+        print(f"note: {printable(text)}")
+
+
+def show_replicas(replicas: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], now: float | None = None) -> None:
+    """Prints replicas, each with its engine, as a table, and below it why some are not ready."""
+    now = time.time() if now is None else now
     rows = [
         (
             replica["name"],
@@ -63,20 +83,12 @@ def show_status(document: Mapping[str, Any], now: float) -> None:
         for engine, replica in replicas
     ]
     heads = ("REPLICA", "MODEL", "PHASE", "GPUS", "MEMORY", "HOLDS", "PORT", "PID", "RESTARTS", "SINCE")
-    if rows:
-        table(heads, rows)
-    else:
-        print("No engine runs, and none is wanted.")
+    table(heads, rows)
     for _, replica in replicas:
         if reason := _reason(replica, now):
             print(f"  {replica['name']}: {printable(reason)}")
         if memory := _measured(replica):
             print(f"  {replica['name']}: {memory}")
-    if document["gpus"]:
-        print()
-        _gpu_table(document["gpus"])
-    for text in document["notes"]:
-        print(f"note: {printable(text)}")
 
 
 def _held(replica: Mapping[str, Any]) -> str:

@@ -34,13 +34,27 @@ def changes(desired: Desired, engine: Engine, launch: Launch, gpus: Sequence[Gpu
     found: list[Change] = []
     if engine.record != launch.spec:
         for name, effect in EFFECTS.items():
-            if effect is Effect.RESTART:
+            if name == "restarted":
+                found += _restart_asked(engine, launch)
+            elif effect is Effect.RESTART:
                 found += _field_changes(name, engine.record[name], launch.spec.get(name, _DEFAULTS[name]))
     found += _secret_changes(engine, launch, {change.field for change in found})
     found += _placement_changes(engine, launch, gpus)
     found += _link_changes(engine, launch, links)
     if desired.host.bind != launch.bind:
         found.append(Change("host.bind", launch.bind, desired.host.bind))
+    return tuple(found)
+
+
+def differences(before: Engine | None, after: Engine) -> tuple[Change, ...]:
+    """How two readings of an entry differ, field by field; hidden values are not shown."""
+    old = before.record if before else _DEFAULTS
+    found = [change for name in EFFECTS for change in _field_changes(name, after.record[name], old.get(name))]
+    if before is not None:
+        known, now = before.secrets, after.secrets
+        told = {change.field for change in found}
+        others = (path for path in now if path in known and now[path] != known[path] and path not in told)
+        found += (Change(path, HIDDEN, f"{HIDDEN}, another value") for path in others)
     return tuple(found)
 
 
@@ -57,6 +71,16 @@ def _field_changes(name: str, new: object, old: object) -> Iterator[Change]:
                 )
     else:
         yield Change(name, _text(old), _text(new))
+
+
+def _restart_asked(engine: Engine, launch: Launch) -> Iterator[Change]:
+    """Only a value that is there asks for anything; that one was taken away does not."""
+    known = launch.spec.get("restarted")
+    before = known if isinstance(known, Mapping) else {}
+    for key in ("all", str(launch.index)):
+        moment = engine.spec.restarted.get(key)
+        if moment is not None and moment != before.get(key):
+            yield Change(f"restarted.{key}", str(before.get(key) or ""), moment)
 
 
 def _secret_changes(engine: Engine, launch: Launch, known: set[str]) -> Iterator[Change]:

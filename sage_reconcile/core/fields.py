@@ -113,6 +113,18 @@ def _env_fault(key: str, setting: object) -> PydanticCustomError | None:
     return None
 
 
+def read_restarted(value: object) -> object:
+    """When replicas were last asked to start anew: text under ``all``, or under the index of one."""
+    if not isinstance(value, dict):
+        return value
+    for key, moment in ((str(key), moment) for key, moment in value.items()):
+        if key != "all" and not re.fullmatch(r"0|[1-9]\d{0,3}", key):
+            raise fault(f"`{key}` names no replica", 'write all, or the index of one in quotes, such as "0"', key=key)
+        if not isinstance(moment, str) or not moment.strip() or "\0" in moment:
+            raise fault(f"`{key}`: expected text, got {described(moment)}", "write the time, in quotes", key=key)
+    return value
+
+
 def read_command(value: object) -> object:
     """A list is taken as it is; text is split as a shell would, but no shell ever sees it."""
     if isinstance(value, str):

@@ -17,6 +17,7 @@ from sage_reconcile.core.fields import (
     read_model,
     read_names,
     read_port,
+    read_restarted,
     sizes_memory,
 )
 from sage_reconcile.core.host_spec import HostSpec, Strict
@@ -107,6 +108,10 @@ class EngineSpec(Strict):
     movable: Switch = Field(default=False, description="true: it may be moved to other GPUs to make room.")
     startup_timeout: Seconds = Field(default=1800.0, gt=0, description="How long it may take to become ready.")
     stop_timeout: Seconds = Field(default=30.0, ge=0, description="How long it may take to end after SIGTERM.")
+    restarted: Annotated[dict[str, str], BeforeValidator(read_restarted)] = Field(
+        default_factory=dict,
+        description="Another value starts replicas anew: under `all` every one, under an index in quotes that one.",
+    )
 
     @property
     def model_at(self) -> str:
@@ -218,6 +223,7 @@ EFFECTS: Mapping[str, Effect] = {
     "movable": Effect.NOTHING,
     "startup_timeout": Effect.NOTHING,
     "stop_timeout": Effect.NOTHING,
+    "restarted": Effect.RESTART,  # of those that it names, where it has another value for them
 }
 """What a change of each field does. A test fails when a field is missing here."""
 

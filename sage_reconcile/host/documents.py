@@ -2,7 +2,7 @@
 
 ::
 
-    file --_content--> bytes --_decoded--> text --_events--> events --Composer--> nodes --Expansion--> data
+    file --content--> bytes --_decoded--> text --_events--> events --Composer--> nodes --Expansion--> data
 
 What the fields mean is checked elsewhere.
 """
@@ -92,7 +92,7 @@ def read(path: Path) -> Document:
     Raises:
         FileFaults: it cannot be read or used, with everything that is wrong with it.
     """
-    return parse(_content(path, "`sage-reconcile init` writes one"), str(path))
+    return parse(content(path, "`sage-reconcile init` writes one"), str(path))
 
 
 def parse(content: bytes, file_name: str) -> Document:
@@ -143,7 +143,7 @@ def read_env_file(path: Path) -> dict[str, str]:
     """
     values: dict[str, str] = {}
     faults: list[Fault] = []
-    text = _decoded(_content(path, "write it, or correct its name"), str(path))
+    text = _decoded(content(path, "write it, or correct its name"), str(path))
     for number, whole in enumerate(_BREAK.split(text), start=1):
         line = whole.strip()
         if not line or line[0] in "#;":
@@ -163,8 +163,14 @@ def _refusal(file_name: str, problem: str, fix: str, place: Place = _NOWHERE) ->
     return FileFaults(file_name, [Fault(place.line, place.column, "", problem, fix)])
 
 
-def _content(path: Path, missing: str) -> bytes:
-    """The bytes of a regular file, one more than allowed at most; never waits for a pipe or a device."""
+def content(path: Path, missing: str) -> bytes:
+    """The bytes of a regular file, one more than allowed at most; never waits for a pipe or a device.
+
+    ``missing`` is what to do where it does not exist.
+
+    Raises:
+        FileFaults: it cannot be read.
+    """
     try:
         _check_kind(path, path.stat())
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)

@@ -54,7 +54,16 @@ def load_text(text: str, path: Path, environ: Mapping[str, str]) -> Loaded:
     Raises:
         FileFaults: with everything that is wrong with it.
     """
-    return _resolved(lambda: documents.parse(text.encode(), str(path)), path, environ)
+    return load_content(text.encode(), path, environ)
+
+
+def load_content(content: bytes, path: Path, environ: Mapping[str, str]) -> Loaded:
+    """The same for the bytes of a file.
+
+    Raises:
+        FileFaults: with everything that is wrong with it.
+    """
+    return _resolved(lambda: documents.parse(content, str(path)), path, environ)
 
 
 def _resolved(read: Callable[[], documents.Document], path: Path, environ: Mapping[str, str]) -> Loaded:

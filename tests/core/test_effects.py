@@ -44,6 +44,7 @@ CHANGED: dict[str, tuple[str, str]] = {
     "movable": ("model: m", "model: m, movable: true"),
     "startup_timeout": ("model: m", "model: m, startup_timeout: 1s"),
     "stop_timeout": ("model: m", "model: m, stop_timeout: 1s"),
+    "restarted": ("model: m", "model: m, restarted: {all: now}"),
 }
 """For each field an entry, and the same with that field changed."""
 
@@ -159,6 +160,29 @@ def test_links_that_are_good_enough_or_not_known_restart_nobody() -> None:
     assert found(pair, f"{pair}, link: nvlink", NEAR, gpus=on) == ()
     assert found(pair, f"{pair}, link: nvlink", {}, gpus=on) == ()
     assert found(f"{pair}, link: nvlink", f"{pair}, link: nvlink", FAR, gpus=on) == (), "its entry did not change"
+
+
+def test_a_restart_is_asked_for_by_another_value_for_this_replica() -> None:
+    none, every, one = "model: m", "model: m, restarted: {all: a}", 'model: m, restarted: {all: a, "1": b}'
+    assert found(none, every) == (Change("restarted.all", "", "a"),)
+    assert found(every, every.replace("all: a", "all: b")) == (Change("restarted.all", "a", "b"),)
+    assert found(every, one, index=1) == (Change("restarted.1", "", "b"),)
+    assert found(every, one, index=0) == ()
+    assert found(one, every, index=1) == found(every, none) == (), "what is taken away asks for nothing"
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ('{"01": a}', 'restarted.01: `01` names no replica; write all, or the index of one in quotes, such as "0"'),
+        ("{All: a}", "restarted.All: `All` names no replica"),
+        ("{all: 5}", "restarted.all: `all`: expected text, got the number 5"),
+        ("now", "restarted: expected a map, got the text 'now'"),
+    ],
+)
+def test_a_restart_that_cannot_be_meant_is_refused(value: str, told: str) -> None:
+    _, faults = read(f"version: 1\nengines:\n  chat: {{model: m, restarted: {value}}}\n", {})
+    assert told in faults[0].text("f")
 
 
 def test_replica_one_takes_the_next_port() -> None:
