@@ -159,6 +159,7 @@ class Daemon:
         self._moves_for = ""
         self._over = False
         self._told: dict[str, Any] = {}
+        self._told_all = False
 
     async def run(self) -> None:
         """Runs until SIGTERM or SIGINT. SIGHUP reads the file again and ends all back-off."""
@@ -281,6 +282,8 @@ class Daemon:
             )
         for action, reason in result.failed:
             self.log.error("action failed", kind=action.kind, replica=action.replica, reason=reason)
+        for reason in result.not_forgotten:
+            self.log.error("record not dropped", reason=reason)
 
     def _tell(self, document: dict[str, Any]) -> None:
         """Writes the status for those who follow, where it says something new."""
@@ -296,14 +299,16 @@ class Daemon:
             "file_error": content.error,
             "held_back": held_document(content.held),
         }
-        if told == self._told:
+        if told == self._told and self._told_all:
             return
         self._log_changes(told)
-        self._told = told
+        self._told, self._told_all = told, False
         try:
             self.state.write_json("status.json", told)
         except StateError as error:
             self.log.error("status not written", error=str(error))  # noqa: TRY400 - nor here
+        else:
+            self._told_all = True
 
     def _log_changes(self, told: dict[str, Any]) -> None:
         before = phases(self._told)

@@ -32,7 +32,7 @@ class Host(Protocol):
         """Does one action; raises ``SpawnError`` or ``StateError`` where it cannot."""
 
     def forget(self, launch_id: str) -> None:
-        """Drops the record of a launch that has ended."""
+        """Drops the record of a launch that has ended; raises ``StateError`` where it cannot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class Pass:
 
     ``untried`` are replicas among these for which the next pass decides anew, since their port is taken by now.
     ``withheld`` tells that nothing of the plan was to be done.
+    ``not_forgotten`` says why records that are no longer needed could not be dropped: the next pass tries again.
     """
 
     desired: Desired
@@ -51,6 +52,7 @@ class Pass:
     failed: tuple[tuple[Action, str], ...] = ()
     untried: frozenset[str] = frozenset()
     withheld: bool = False
+    not_forgotten: tuple[str, ...] = ()
 
 
 def look(host: Host, desired: Desired, *, tried: frozenset[str] | None = None, allow_moves: bool = False) -> Pass:
@@ -114,6 +116,16 @@ def run_pass(
             untried |= {action.replica} if isinstance(error, PortTaken) else set()
         else:
             done.append(action)
+    not_forgotten: list[str] = []
     for launch_id in seen.plan.forget:
-        host.forget(launch_id)
-    return Pass(desired, seen.observed, seen.plan, seen.now, tuple(done), tuple(failed), frozenset(untried))
+        try:
+            host.forget(launch_id)
+        except StateError as error:
+            not_forgotten.append(str(error))
+    return replace(
+        seen,
+        done=tuple(done),
+        failed=tuple(failed),
+        untried=frozenset(untried),
+        not_forgotten=tuple(not_forgotten),
+    )

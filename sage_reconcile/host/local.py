@@ -338,8 +338,8 @@ class LocalHost:
             self.forget(launch_id)
             raise StateError(f"{error.filename}: cannot be made: {error.strerror}") from error
         except SpawnError:  # nothing else: after an interruption the process may exist, and the record must stay
+            logs.remove(log)  # nobody has written to it, and each new try would leave another
             self.forget(launch_id)
-            log.unlink(missing_ok=True)  # nobody has written to it, and each new try would leave another
             raise
         logs.prune(log.parent)
 
@@ -390,7 +390,7 @@ class LocalHost:
         processes.kill_all([found.leader, *observe.identities(members)])
 
     def forget(self, launch_id: str) -> None:
-        """Drops the record of a launch that has ended, and what it left in the state folder; not its log."""
+        """Drops the record of a launch that has ended, and what it left; not its log. ``StateError`` if it cannot."""
         shutil.rmtree(self.state.temporary(launch_id), ignore_errors=True)
         self.records.drop(launch_id)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -43,9 +44,15 @@ def newest(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path) -> None:
-    """Removes all but the newest logs of a replica."""
+    """Removes all but the newest logs of a replica; one that cannot be removed stays until the next start."""
     for path in newest(folder)[KEPT:]:
-        path.unlink(missing_ok=True)
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a log; one that cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def limit(path: Path) -> None:

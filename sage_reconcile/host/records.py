@@ -154,9 +154,18 @@ class Records:
         write_atomically(self.folder / f"{record.id}.json", json.dumps(asdict(record)))
 
     def drop(self, launch_id: str) -> None:
-        """Forgets a launch that has ended; the record goes last, so that a crash leaves nothing without one."""
+        """Forgets a launch that has ended; the record goes last, so that a crash leaves nothing without one.
+
+        Raises:
+            StateError: the folder cannot be written.
+        """
         for path in (self.run_file(launch_id), self.folder / f"{launch_id}.json"):
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise StateError(
+                    f"{path}: cannot be removed: {error.strerror}; make {self.folder} writable again"
+                ) from error
 
 
 def _parse(data: object, name: str) -> Record:
