@@ -48,9 +48,20 @@ def known_dtype(dtype: str) -> str:
 
 
 def question(
-    model: str, work: Workload, kinds: Sequence[Declared], *, tensor_told: bool, longest: bool, kv_cache: str | None
+    model: str,
+    work: Workload,
+    kinds: Sequence[Declared],
+    *,
+    tensor_told: bool,
+    longest: bool,
+    kv_cache: str | None,
+    device: str = "cuda",
 ) -> Question:
     """What is asked, put together; ``kinds`` are the GPUs that were given, none or of one kind."""
+    if device not in ("cuda", "cpu"):
+        raise typer.BadParameter(f"{device!r} is no device; write cuda or cpu", param_hint="--device")
+    if kinds and device == "cpu":
+        raise typer.BadParameter("`--device cpu` uses none; leave one of the two out", param_hint="--gpu")
     if longest and not kinds:
         raise typer.BadParameter("it asks what fits on a GPU; give one with --gpu", param_hint="--max")
     if len(kinds) > 1:
@@ -63,7 +74,9 @@ def question(
             kv_mib = size_mib(kv_cache)
         except PydanticCustomError as error:
             raise _bad(error, "--kv-cache") from None
-    return Question(model, replace(work, kv_mib=kv_mib), kinds[0] if kinds else None, tensor_told, longest)
+    return Question(
+        model, replace(work, kv_mib=kv_mib), kinds[0] if kinds else None, tensor_told, longest, device == "cpu"
+    )
 
 
 def estimate_model(asked: Question, *, as_json: bool, offline: bool = False) -> int:
@@ -93,7 +106,8 @@ def _show(document: Mapping[str, Any]) -> None:
     used = [f"{name[0]}p {size}" for name, size in sizes.items() if size > 1]
     asked = "" if document["context"] is None else f", {document['concurrency']} x {document['context']:,} tokens"
     named = printable(document["model"])
-    print(f"{', '.join([named + asked, *used])}: MiB of each GPU\n")
+    of = "each GPU" if document["device"] == "cuda" else "the host, all processes together"
+    print(f"{', '.join([named + asked, *used])}: MiB of {of}\n")
     parts = {name: document["parts"][f"{name}_mib"] for name in PART_NAMES}
     shown = {name: mib for name, mib in parts.items() if mib}
     total = document["total_mib"]
@@ -107,6 +121,8 @@ def _show(document: Mapping[str, Any]) -> None:
     print()
     if document["kv_tokens"] is not None:
         print(f"The KV cache holds {document['kv_tokens']:,} tokens.")
+    if document["kv_space_gib"] is not None:
+        print(f"vLLM would be told so much of each rank: VLLM_CPU_KVCACHE_SPACE={document['kv_space_gib']}")
     if document["context_assumed"]:
         print("Its config.json tells no longest context: that is vLLM's default. Say it with --context.")
     if document["gpu"]:

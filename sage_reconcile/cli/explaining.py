@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sage_reconcile.cli import asking, commands, rendering
-from sage_reconcile.core.explain import Explanation, Verdict, explain
+from sage_reconcile.core.explain import Explanation, HostVerdict, Verdict, explain
 from sage_reconcile.core.plan_text import breakdown_lines, proposal_lines
 from sage_reconcile.core.report import breakdown_document, proposal_document
 from sage_reconcile.core.spec import Desired
@@ -61,6 +61,8 @@ def _show(item: Explanation) -> None:
         heads = ("GPU", "FREE", "NEEDS", "", "VERDICT")
         rows = [(_label(x), rendering.gib(x.free_mib), _need(x), "->" * x.chosen, x.text) for x in item.verdicts]
         rendering.table(heads, rows)
+    if item.host is not None:
+        print(f"\nHost memory: needs {rendering.gib(item.host.need_mib)}, {item.host.text}")
     if item.proposal is not None:
         print()
         for line in proposal_lines(item.proposal):
@@ -73,6 +75,10 @@ def _label(verdict: Verdict) -> str:
 
 def _need(verdict: Verdict) -> str:
     return "?" if verdict.need_mib is None else rendering.gib(verdict.need_mib)
+
+
+def _host(verdict: HostVerdict) -> dict[str, Any]:
+    return {"free_mib": verdict.free_mib, "need_mib": verdict.need_mib, "verdict": verdict.text}
 
 
 def _document(item: Explanation) -> dict[str, Any]:
@@ -93,6 +99,7 @@ def _document(item: Explanation) -> dict[str, Any]:
             }
             for verdict in item.verdicts
         ],
+        "host_memory": None if item.host is None else _host(item.host),
         "made_of": None if item.made_of is None else breakdown_document(item.made_of),
         "proposal": None if item.proposal is None else proposal_document(item.proposal),
     }

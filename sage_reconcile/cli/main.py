@@ -175,6 +175,7 @@ def estimate(
         str | None,
         typer.Option("--gpu", help="Does it fit on this GPU? H100-80GB, 24GiB, 8xH100-80GB.", show_default=False),
     ] = None,
+    device: Annotated[str, typer.Option("--device", help="cuda; or cpu: what it takes of the host.")] = "cuda",
     longest: Annotated[bool, typer.Option("--max", help="The longest context that fits there.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Ask no hub; so does HF_HUB_OFFLINE=1.")] = False,
     output: Output = "text",
@@ -199,7 +200,9 @@ def estimate(
         quantization=quantization,
     )
     kinds = _declared(gpu, "--gpu") if gpu is not None else ()
-    asked = estimating.question(model, work, kinds, tensor_told=tensor is not None, longest=longest, kv_cache=kv_cache)
+    asked = estimating.question(
+        model, work, kinds, tensor_told=tensor is not None, longest=longest, kv_cache=kv_cache, device=device
+    )
     raise Finished(estimating.estimate_model(asked, as_json=json_wanted(output), offline=offline))
 
 

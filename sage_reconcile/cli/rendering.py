@@ -60,6 +60,12 @@ def show_status(document: Mapping[str, Any], now: float) -> None:
     if document["gpus"]:
         print()
         _gpu_table(document["gpus"])
+    if host := document.get("host_memory"):  # a daemon of an older version tells none
+        taken = {name: gib(host[f"{name}_mib"]) for name in ("promised", "unmanaged", "kept_back", "free", "total")}
+        print(
+            f"\nHost memory: {taken['free']} of {taken['total']} free (promised {taken['promised']}, "
+            f"others {taken['unmanaged']}, kept back {taken['kept_back']})"
+        )
     for text in document["notes"]:
         print(f"note: {printable(text)}")
 
@@ -73,7 +79,7 @@ def show_replicas(replicas: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]
             str(engine["model"] or ""),
             replica["phase"] + (f" ({replica['stage']})" if replica["stage"] else ""),
             ",".join("?" if gpu["index"] is None else str(gpu["index"]) for gpu in replica["gpus"]) or "-",
-            f"{replica['memory_mib'] / 1024:.1f}GiB" if replica["gpus"] else "-",
+            _memory(replica),
             _held(replica),
             str(replica["port"] or "-"),
             str(replica["pid"] or "-"),
@@ -89,6 +95,11 @@ def show_replicas(replicas: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]
             print(f"  {replica['name']}: {printable(reason)}")
         if memory := _measured(replica):
             print(f"  {replica['name']}: {memory}")
+
+
+def _memory(replica: Mapping[str, Any]) -> str:
+    """Of each GPU; of the host where it has none."""
+    return gib((replica["memory_mib"] if replica["gpus"] else replica.get("host_memory_mib")) or None)
 
 
 def _held(replica: Mapping[str, Any]) -> str:

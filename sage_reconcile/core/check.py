@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
+from sage_reconcile.core.check_memory import all_before, gpu_memory, host_memory, is_stopping, taken
 from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
 from sage_reconcile.core.plan import Action, Plan
 from sage_reconcile.core.spec import Desired, Engine
@@ -21,8 +22,10 @@ def check_plan(desired: Desired, observed: Observed, plan: Plan) -> list[str]:
         *_order(plan),
         *_targets(observed, plan),
         *_complete(desired, plan),
-        *_memory(desired, observed, plan),
+        *gpu_memory(desired, observed, plan),
+        *host_memory(desired, observed, plan),
         *_neighbours(desired, observed, plan),
+        *_spawns(desired, plan),
         *_one_process(observed, plan),
         *_links(desired, observed, plan),
         *_ports(desired, observed, plan),
@@ -84,57 +87,11 @@ def _complete(desired: Desired, plan: Plan) -> Iterator[str]:
             yield f"{item.replica} is refused without a reason"
 
 
-def _memory(desired: Desired, observed: Observed, plan: Plan) -> Iterator[str]:
-    """Adds up, for each GPU and each start on it, what is there then and what comes.
-
-    Only what the plan ends before a start may be left out of it, and what is stopping, for which it has to wait.
-    """
-    stopping = {launch.id for launch in observed.launches if _is_stopping(launch)}
+def _spawns(desired: Desired, plan: Plan) -> Iterator[str]:
     engines = {engine.name: engine for engine in desired.engines}
-    gpus = {gpu.uuid: gpu for gpu in observed.gpus}
-    actions = {action.id: action for action in plan.actions}
-    spawns = [action for action in plan.actions if action.kind == "spawn"]
-    touched = {gpu.uuid for action in spawns for gpu in action.gpus}
-    for uuid in sorted(touched - gpus.keys()):
-        yield f"a replica would start on {uuid}, which is not there"
-    for uuid in sorted(touched & gpus.keys()):
-        gpu = gpus[uuid]
-        new = [action for action in spawns if uuid in {used.uuid for used in action.gpus}]
-        started = gpu.memory_reserved_mib + desired.host.headroom
-        for action in new:
-            started += action.memory_mib
-            gone = {actions[step].launch for step in _all_before(action, actions) if step in actions}
-            total = started + _taken(gpu, observed.launches, gone | stopping)
-            if action.waits_for:
-                total -= _not_back(gpu, observed.launches)
-            if total > gpu.memory_total_mib:
-                yield f"GPU {gpu.index} would hold {total} MiB of {gpu.memory_total_mib} MiB after {action.id}"
-        if gpu.problem or gpu.index in desired.host.exclude or uuid in desired.host.exclude:
-            yield f"GPU {gpu.index} takes nothing new, but {new[0].id} is placed there"
-    for action in spawns:
-        yield from _one_spawn(action, engines)
-
-
-def _not_back(gpu: Gpu, launches: tuple[Launch, ...]) -> int:
-    """MiB that no process is named for, as far as launches that ended on this GPU had been promised it."""
-    if any(process.memory_mib is None for process in gpu.processes):
-        return 0
-    unnamed = gpu.memory_used_mib - sum(process.memory_mib or 0 for process in gpu.processes)
-    ended = (launch for launch in launches if launch.life is Life.EXITED and gpu.uuid in launch.gpus)
-    return min(max(0, unnamed), sum(launch.memory_mib for launch in ended))
-
-
-def _taken(gpu: Gpu, launches: tuple[Launch, ...], gone: set[str]) -> int:
-    """MiB on a GPU that the plan does not end: our promises or holdings, whichever is larger, and strangers'."""
-    ours = seen = 0
-    for launch in (one for one in launches if one.life is not Life.EXITED):
-        told = [process.memory_mib for process in gpu.processes if process.launch == launch.id]
-        promise = launch.memory_mib if gpu.uuid in launch.gpus else 0
-        held = sum(mib or 0 for mib in told)
-        seen += max(held, promise) if None in told else held
-        settled = launch.spec.get("memory") == "manual" and launch.ready_at and held and None not in told
-        ours += 0 if launch.id in gone else max(held, 0 if settled else promise)
-    return ours + max(0, gpu.memory_used_mib - seen)
+    for action in plan.actions:
+        if action.kind == "spawn":
+            yield from _one_spawn(action, engines)
 
 
 def _one_spawn(action: Action, engines: Mapping[str, Engine]) -> Iterator[str]:
@@ -166,7 +123,7 @@ def _neighbours(desired: Desired, observed: Observed, plan: Plan) -> Iterator[st
         there: list[tuple[str, str, bool]] = []
         for launch in observed.launches:
             here = gpu.uuid in launch.gpus or launch.id in told
-            if here and launch.life is not Life.EXITED and launch.id not in ended and not _is_stopping(launch):
+            if here and launch.life is not Life.EXITED and launch.id not in ended and not is_stopping(launch):
                 alone = launch.spec.get("exclusive") is True
                 alone |= launch.engine_name in engines and engines[launch.engine_name].exclusive
                 there.append((launch.replica, launch.engine_name, alone))
@@ -187,7 +144,7 @@ def _neighbours(desired: Desired, observed: Observed, plan: Plan) -> Iterator[st
 def _one_process(observed: Observed, plan: Plan) -> Iterator[str]:
     """Who starts on a GPU on which one process at a time may compute: one, after all that compute there ended."""
     ended = {action.launch for action in plan.actions if action.kind != "spawn"}
-    staying = [x for x in observed.launches if x.life is not Life.EXITED and x.id not in ended and not _is_stopping(x)]
+    staying = [x for x in observed.launches if x.life is not Life.EXITED and x.id not in ended and not is_stopping(x)]
     gone = {launch.id for launch in observed.launches} - {launch.id for launch in staying}
     for gpu in observed.gpus:
         starting = [a for a in plan.actions if a.kind == "spawn" and gpu.uuid in {used.uuid for used in a.gpus}]
@@ -201,7 +158,7 @@ def _one_process(observed: Observed, plan: Plan) -> Iterator[str]:
 
 def _has_strangers(gpu: Gpu, launches: tuple[Launch, ...]) -> bool:
     """Whether somebody else is on a GPU; an idle driver may show a few MiB as used, 64 at the most."""
-    others = _taken(gpu, launches, {launch.id for launch in launches})
+    others = taken(gpu, launches, {launch.id for launch in launches})
     return others > 64 or any(process.launch is None for process in gpu.processes)
 
 
@@ -238,7 +195,7 @@ def _ports(desired: Desired, observed: Observed, plan: Plan) -> Iterator[str]:
     if not spawns:
         return
     holding = [launch for launch in observed.launches if launch.life is not Life.EXITED]
-    staying = [launch for launch in holding if launch.id not in ended and not _is_stopping(launch)]
+    staying = [launch for launch in holding if launch.id not in ended and not is_stopping(launch)]
     ports = Counter(port for launch in staying for port in (launch.port, *launch.inner_ports))
     spawned = {port for action in spawns for port in (action.port, *action.inner_ports)}
     ports.update(port for action in spawns for port in (action.port, *action.inner_ports))
@@ -267,7 +224,7 @@ def _starts_after_stops(observed: Observed, plan: Plan) -> Iterator[str]:
     acting = {action.launch: action for action in plan.actions if action.kind != "spawn"}
     by_key: dict[object, list[Launch]] = {}
     for launch in observed.launches:
-        if launch.life is not Life.EXITED and (launch.id in acting or _is_stopping(launch)):
+        if launch.life is not Life.EXITED and (launch.id in acting or is_stopping(launch)):
             for key in (launch.replica, launch.port, *launch.inner_ports, *launch.gpus):
                 by_key.setdefault(key, []).append(launch)
     for action in plan.actions:
@@ -280,7 +237,7 @@ def _starts_after_stops(observed: Observed, plan: Plan) -> Iterator[str]:
 def _one_start(
     action: Action, sharing: Iterable[Launch], acting: dict[str, Action], actions: dict[str, Action]
 ) -> Iterator[str]:
-    before = _all_before(action, actions)
+    before = all_before(action, actions)
     for launch in sharing:
         ending = acting.get(launch.id)
         if launch.id == action.predecessor:
@@ -299,21 +256,5 @@ def _takes_over(action: Action, launch: Launch, ending: Action | None, actions: 
         yield f"{action.id} takes over from {launch.id}, which is another replica or has the same port"
     if {gpu.uuid for gpu in action.gpus} & set(launch.gpus):
         yield f"{action.id} takes over from {launch.id} on a GPU of its own"
-    if ending is None or action.id not in _all_before(ending, actions):
+    if ending is None or action.id not in all_before(ending, actions):
         yield f"{launch.id} does not serve until {action.id} is ready"
-
-
-def _is_stopping(launch: Launch) -> bool:
-    """Whether it will be gone; of what cannot be proven ours nobody knows, whatever it was asked before."""
-    return launch.life is Life.ALIVE and launch.stopping_since is not None
-
-
-def _all_before(action: Action, actions: dict[str, Action]) -> set[str]:
-    before: set[str] = set()
-    todo = list(action.after)
-    while todo:
-        step = todo.pop()
-        if step not in before:
-            before.add(step)
-            todo += actions[step].after if step in actions else ()
-    return before

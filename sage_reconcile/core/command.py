@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from sage_reconcile.core.fields import CPU_KV_SPACE
 from sage_reconcile.core.observed import Gpu
 from sage_reconcile.core.promise import utilization
 from sage_reconcile.core.spec import EngineSpec
@@ -13,7 +14,7 @@ from sage_reconcile.core.spec import EngineSpec
 DRAIN_MARGIN_S = 5
 """vLLM is given this much less time to drain than we wait before SIGKILL, so that it ends by itself."""
 SCRUBBED = (
-    *("VLLM_PORT", "VLLM_DP_MASTER_PORT", "VLLM_HOST_IP", "HOST_IP"),
+    *("VLLM_PORT", "VLLM_DP_MASTER_PORT", "VLLM_HOST_IP", "HOST_IP", CPU_KV_SPACE),
     *("SAGE_RECONCILE_FILE", "SAGE_RECONCILE_STATE_DIR", "STATE_DIRECTORY"),
     *("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID"),
 )
@@ -119,17 +120,24 @@ def _flag(flag: str, value: object) -> Iterator[str]:
 
 
 def environment(
-    inherited: Mapping[str, str], overlay: Mapping[str, str], gpus: Sequence[Gpu], inner_base: int | None = None
+    inherited: Mapping[str, str],
+    overlay: Mapping[str, str],
+    gpus: Sequence[Gpu],
+    inner_base: int | None = None,
+    kv_space_gib: int = 0,
 ) -> dict[str, str]:
     """The environment of an engine: what is inherited, then its own, then what makes it see its GPUs only.
 
     GPUs are named by UUID, since NVML and CUDA may count them differently. ``SPT_NOENV`` keeps vLLM's
     processes from overwriting the environment by which we recognise them. ``inner_base`` is where vLLM looks for
-    inner ports, unless its ``env_file`` says otherwise.
+    inner ports, unless its ``env_file`` says otherwise. ``kv_space_gib`` is the KV cache of each rank on the CPU, where
+    that is ours to say: this variable is older than the flags for it, and goes before them.
     """
     result = {key: value for key, value in inherited.items() if key not in SCRUBBED} | dict(overlay)
     if inner_base is not None:
         result.setdefault("VLLM_PORT", str(inner_base))
+    if kv_space_gib:
+        result[CPU_KV_SPACE] = str(kv_space_gib)
     result["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     result["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.uuid for gpu in gpus)
     result["SPT_NOENV"] = "1"

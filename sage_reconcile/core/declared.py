@@ -70,3 +70,11 @@ def declared_links(declared: Sequence[Declared], gpus: Sequence[Gpu]) -> Links:
 
 def _node(index: int, count: int) -> int:
     return int(count > _ONE_NODE and index >= (count + 1) // 2)
+
+
+def inventory(groups: Sequence[Declared]) -> list[dict[str, object]]:
+    """The same as the simulator reads them."""
+    return [
+        {"uuid": gpu.uuid, "name": gpu.name, "memory_total_mib": gpu.memory_total_mib}
+        for gpu in declared_gpus(groups, simulated=True)
+    ]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sage_reconcile.core.cpu_sizing import GIB_MIB, cpu_sizing
 from sage_reconcile.core.gpu_models import MODELS, Declared
 from sage_reconcile.core.observed import ModelFacts
 from sage_reconcile.core.sizing import Card, Part, Sizing, batch_defaults
@@ -32,7 +33,7 @@ class Question:
     """What is asked.
 
     ``gpu`` of a count above one stands for so many GPUs; ``tensor_told`` is False where the tensor parallel size is
-    to be found.
+    to be found. ``on_cpu`` asks what it takes of the host, all processes together.
     """
 
     model: str
@@ -40,18 +41,26 @@ class Question:
     gpu: Declared | None = None
     tensor_told: bool = True
     longest: bool = False
+    on_cpu: bool = False
 
 
 def estimate(question: Question, facts: ModelFacts | None) -> Mapping[str, Any] | None:
     """The document; None where neither what was read of the model nor its name tells anything."""
     question = _with_tensor(question, facts)
+    host = cpu_sizing(question.model, question.work, facts) if question.on_cpu else None
     sized = sizing_of(question.work, facts, _card(question))
     parts = parts_of(question.model, question.work, facts, _card(question))
+    if host is not None:
+        parts = host.parts(host.kv_gib * GIB_MIB) if host.weights_known else None
     if parts is None:
         return None
+    kv_tokens = sized.kv_tokens if sized else None
+    if host is not None and host.layout is not None:
+        kv_tokens = host.layout.tokens_in(host.kv_gib * GIB_MIB * MIB)
     problem = facts.problem if facts else ""
     return {
         "version": VERSION,
+        "device": "cpu" if host else "cuda",
         "model": question.model,
         "source": facts.source if facts and facts.config else "",
         "confidence": str(next(part.confidence for part in parts if part.name == "weights")),
@@ -67,9 +76,10 @@ def estimate(question: Question, facts: ModelFacts | None) -> Mapping[str, Any] 
         "parts": {f"{part.name}_mib": part.mib for part in parts},
         "part_confidence": {part.name: str(part.confidence) for part in parts},
         "total_mib": _total(parts),
-        "kv_tokens": sized.kv_tokens if sized else None,
+        "kv_tokens": kv_tokens,
+        "kv_space_gib": host.kv_gib if host else None,
         "gpu": _on_gpu(question, facts, sized, parts),
-        "smallest": [] if question.gpu else list(_smallest_sets(question, facts)),
+        "smallest": [] if question.gpu or host else list(_smallest_sets(question, facts)),
     }
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
+from sage_reconcile.core.host_memory import host_occupancy
+from sage_reconcile.core.host_needs import host_need
 from sage_reconcile.core.lifecycle import StopCause, gpu_faults
 from sage_reconcile.core.observed import Gpu, Link, Observed
 from sage_reconcile.core.placement import Placement, books, needs, promise_of
 from sage_reconcile.core.plan import Action, Kept, Plan, Proposal, Unplaced
 from sage_reconcile.core.plan_text import way_lines
 from sage_reconcile.core.promise import Breakdown
-from sage_reconcile.core.reasons import Book, bar, gib, gpu_names, pinned
+from sage_reconcile.core.reasons import Book, bar, gib, gpu_names, host_holders, pinned
 from sage_reconcile.core.spec import Desired, Engine
 
 
@@ -32,10 +34,20 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class HostVerdict:
+    """What the host's memory means to a replica that needs some of it, once all else is as planned."""
+
+    free_mib: int
+    need_mib: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """One replica: what becomes of it, why, and what was there to choose from.
 
-    ``placed`` is False where it has no place. ``made_of`` is what it is promised, or would need, of each GPU.
+    ``placed`` is False where it has no place. ``made_of`` is what it is promised, or would need, of each GPU; on the
+    CPU of the host. ``host`` is None where it needs nothing of the host's memory, or that is not known.
     """
 
     replica: str
@@ -45,6 +57,7 @@ class Explanation:
     verdicts: tuple[Verdict, ...]
     proposal: Proposal | None = None
     made_of: Breakdown | None = None
+    host: HostVerdict | None = None
 
 
 def explain(desired: Desired, observed: Observed, plan: Plan, name: str) -> list[Explanation]:
@@ -81,8 +94,23 @@ def _explained(desired: Desired, observed: Observed, plan: Plan, engine: Engine,
         why += [unplaced.reason, *way_lines(unplaced)] if unplaced else []
     verdicts = tuple(_verdicts(engine, observed, pages, chosen)) if engine.spec.gpu_count else ()
     placed = spawn is not None or kept is not None
-    made = spawn.made_of if spawn else _made_of(engine, observed, kept, pages)
-    return Explanation(replica, outcome, placed, tuple(why), verdicts, proposal, made)
+    need = host_need(engine, observed.models.get(engine.spec.model_at), observed.host_memory)
+    if kept is not None:
+        need = replace(need, mib=kept.launch.host_memory_mib)
+    made = spawn.made_of if spawn else _made_of(engine, observed, kept, pages) or need.made_of
+    host = _host_verdict(observed, plan, replica, need.mib)
+    return Explanation(replica, outcome, placed, tuple(why), verdicts, proposal, made, host)
+
+
+def _host_verdict(observed: Observed, plan: Plan, replica: str, need_mib: int) -> HostVerdict | None:
+    taken = host_occupancy(observed, leaving=_gone(observed, plan, replica))
+    if taken is None or not need_mib:
+        return None
+    others = (x for x in plan.actions if x.kind == "spawn" and x.replica != replica)
+    taken = taken.with_ours(*((action.replica, action.host_memory_mib) for action in others if action.host_memory_mib))
+    left = taken.left_mib - need_mib
+    text = f"{gib(left)} left beside it" if left >= 0 else f"{gib(-left)} too little"
+    return HostVerdict(taken.free_mib, need_mib, f"{text} ({', '.join(host_holders(taken))})")
 
 
 def _made_of(engine: Engine, observed: Observed, kept: Kept | None, pages: Sequence[Book]) -> Breakdown | None:
@@ -129,10 +157,7 @@ def _on(kept: Kept) -> str:
 
 def _without(desired: Desired, observed: Observed, plan: Plan, replica: str) -> list[Book]:
     """The GPUs once all is done, as if this replica were nowhere."""
-    ended = {action.launch for action in plan.actions if action.kind != "spawn"}
-    own = {launch.id for launch in observed.launches if launch.replica == replica}
-    stopping = {launch.id for launch in observed.launches if launch.stopping_since is not None}
-    pages = books(desired, observed, frozenset(ended | own | stopping))
+    pages = books(desired, observed, _gone(observed, plan, replica))
     by_uuid = {page.gpu.uuid: page for page in pages}
     alone = {engine.name for engine in desired.engines if engine.spec.exclusive}
     for action in plan.actions:
@@ -142,6 +167,14 @@ def _without(desired: Desired, observed: Observed, plan: Plan, replica: str) -> 
             if action.replica.rpartition("/")[0] in alone:
                 page.alone = action.replica
     return sorted(pages, key=lambda page: page.gpu.index)
+
+
+def _gone(observed: Observed, plan: Plan, replica: str) -> frozenset[str]:
+    """The launches that will have gone, and those of this replica."""
+    ended = {action.launch for action in plan.actions if action.kind != "spawn"}
+    own = {launch.id for launch in observed.launches if launch.replica == replica}
+    stopping = {launch.id for launch in observed.launches if launch.stopping_since is not None}
+    return frozenset(ended | own | stopping)
 
 
 def _verdicts(engine: Engine, observed: Observed, pages: Sequence[Book], chosen: Sequence[str]) -> Iterator[Verdict]:

@@ -48,6 +48,13 @@ OWN_ENV: Mapping[str, str] = {
 }
 """Environment variables that we set, and what to use in their place."""
 
+CPU_KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+"""Tells vLLM on the CPU the KV cache of each rank in whole GiB: ours to set, but with ``memory: manual``."""
+CPU_KV_SPACE_FAULT = (
+    f"`{CPU_KV_SPACE}` is set by sage-reconcile",
+    "use the field `kv_cache`, or write `memory: manual`",
+)
+
 
 def read_flags(value: object) -> object:
     """vLLM's flags by their plain names (no dashes in front, none for underscores)."""

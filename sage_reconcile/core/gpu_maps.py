@@ -1,4 +1,4 @@
-"""The GPUs before and after a plan, and what of their memory is only late."""
+"""The GPUs and the host's memory before and after a plan, and what of their memory is only late."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from sage_reconcile.core.host_memory import host_occupancy
 from sage_reconcile.core.memory import IDLE_MIB, MEMORY_RETURN_S, launches_by_gpu, occupancy, unexplained_mib
 from sage_reconcile.core.observed import Life, Observed
-from sage_reconcile.core.plan import Action, GpuMap
+from sage_reconcile.core.plan import Action, GpuMap, HostMap
 from sage_reconcile.core.reasons import gib, problem
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.core.standing import Standing
@@ -29,6 +30,16 @@ def gpu_maps(
         after = occupancy(later[gpu.uuid], on[gpu.uuid], desired.host.headroom, leaving=leaving)
         stays = [launch for launch in on[gpu.uuid] if launch.id not in leaving]
         yield GpuMap(gpu, before, after.with_ours(*added[gpu.uuid]), problem(gpu, stays))
+
+
+def host_map(observed: Observed, leaving: frozenset[str], actions: Sequence[Action]) -> HostMap | None:
+    """The host's memory as it is, and as it will be; None where no engine has or gets any."""
+    before, after = host_occupancy(observed), host_occupancy(observed, leaving=leaving)
+    spawns = (action for action in actions if action.kind == "spawn" and action.host_memory_mib)
+    added = [(action.replica, action.host_memory_mib) for action in spawns]
+    if before is None or after is None or not (before.ours or added):
+        return None
+    return HostMap(before, after.with_ours(*added))
 
 
 def once_back(observed: Observed, standing: Standing) -> Observed:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from sage_reconcile.core.host_memory import host_occupancy, taken_mib
 from sage_reconcile.core.memory import launches_by_gpu, occupancy
 from sage_reconcile.core.observed import Gpu, Launch
+from sage_reconcile.core.placement import Placement
 from sage_reconcile.core.plan import Action
 from sage_reconcile.core.reasons import gib
 from sage_reconcile.core.standing import Standing
@@ -45,6 +47,7 @@ class Lanes:
         self._lingering = standing.lingering
         self.late: set[str] = set()
         self._room = self._rooms(standing)
+        self._host = _HostLane(standing)
 
     def _rooms(self, standing: Standing) -> dict[str, int]:
         """MiB that can be started on GPUs whose memory is not all back yet."""
@@ -64,15 +67,24 @@ class Lanes:
         for key in self._keys(launch):
             self._ids[key].append(action.id)
 
-    def after(self, keys: Sequence[object]) -> tuple[str, ...]:
-        """The ids of the actions that a start must come after; ``keys`` are its replica, ports and GPUs."""
+    def _after(self, keys: Sequence[object]) -> tuple[str, ...]:
         found = dict.fromkeys(action for key in keys for action in self._ids[key])
         found |= dict.fromkeys(self._last[str(key)] for key in keys if str(key) in self._last)
         return tuple(found)
 
-    def waits(self, keys: Sequence[object], gpus: Sequence[Gpu], memory_mib: int) -> tuple[str, ...]:
-        """What else a start waits for, in words."""
+    def waits(self, keys: Sequence[object], placement: Placement) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The ids of the actions that a start must come after, and what else it waits for, in words.
+
+        ``keys`` are its replica, ports and GPUs. To be asked once for each start, in their order.
+        """
+        after, host = self._host.start(self._after(keys), placement.host.mib)
+        return after, self._texts_for(keys, placement.gpus, placement.memory_mib, host)
+
+    def _texts_for(
+        self, keys: Sequence[object], gpus: Sequence[Gpu], memory_mib: int, host: tuple[str, ...]
+    ) -> tuple[str, ...]:
         found = [text for key in keys for text in self._texts[key]]
+        found += host
         for gpu in gpus:
             late = self._lingering.get(gpu.uuid)
             if late is not None and self._room[gpu.uuid] < memory_mib:
@@ -90,3 +102,39 @@ class Lanes:
         for gpu in action.gpus:
             if gpu.uuid in self._room:
                 self._room[gpu.uuid] -= action.memory_mib
+
+
+class _HostLane:
+    """The host's memory as the starts of a plan take it, one after another, and what they wait for.
+
+    A start waits for no more ends than it, and all before it, need to have room together, first for those for which
+    it has to wait anyway, and for those that are under way.
+    """
+
+    def __init__(self, standing: Standing) -> None:
+        taken = host_occupancy(standing.observed)
+        self._known = taken is not None
+        self._left = taken.left_mib if taken else 0
+        actions = {action.launch: action.id for action in standing.actions}
+        going = [standing.launches[launch_id] for launch_id in standing.ending if launch_id not in actions]
+        self._stopping = [(f"{launch.replica} to end", taken_mib(launch)) for launch in going if taken_mib(launch)]
+        ends = [(action.id, taken_mib(standing.launches[action.launch])) for action in standing.actions]
+        self._ends = {step: mib for step, mib in ends if mib}
+
+    def start(self, after: tuple[str, ...], need_mib: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The same for a start that needs so much: what it comes after, ``after`` first, and what else it waits for."""
+        if not need_mib or not self._known:
+            return after, ()
+        self._left -= need_mib
+        left = self._left + sum(self._ends.get(step, 0) for step in after)
+        texts: list[str] = []
+        for text, mib in self._stopping:
+            if left < 0:
+                texts.append(text)
+                left += mib
+        more: list[str] = []
+        for step, mib in self._ends.items():
+            if left < 0 and step not in after:
+                more.append(step)
+                left += mib
+        return (*after, *more), tuple(texts)

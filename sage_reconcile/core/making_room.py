@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, islice
 
+from sage_reconcile.core.host_memory import taken_mib
+from sage_reconcile.core.host_needs import asks_host
 from sage_reconcile.core.observed import Launch, Observed
 from sage_reconcile.core.placement import Placement, Request, books, launch_gpus, needs, place
 from sage_reconcile.core.plan import Move, Proposal
@@ -61,7 +63,7 @@ class MakingRoom:
         self.placed, self.kept, self.allow_moves = placed, kept, allow_moves
         firsts: dict[str, Request] = {}
         for request in sorted(refused, key=Request.rank):
-            if request.engine.spec.gpu_count:
+            if request.engine.spec.gpu_count or asks_host(request.engine.spec):
                 firsts.setdefault(request.engine.name, request)
         self.refused = list(firsts.values())
         self._positions = {engine.name: position for position, engine in enumerate(desired.engines)}
@@ -109,7 +111,7 @@ class MakingRoom:
 
         First as if whatever starts now stood where the plan puts it, then with that free to be arranged anew.
         """
-        if not candidates:
+        if not candidates or not request.engine.spec.gpu_count:
             return None
         self._trials = 0
         stay = [other for other in self.placed if other.rank() < request.rank() or not request.returning]
@@ -171,7 +173,8 @@ class MakingRoom:
         lower = []
         for launch in self.kept.values():
             engine = self.desired.engine(launch.engine_name)
-            if engine is not None and launch.gpus and engine.spec.priority < spec.priority:
+            has = (launch.gpus and spec.gpu_count) or (taken_mib(launch) and asks_host(spec))
+            if engine is not None and has and engine.spec.priority < spec.priority:
                 lower.append((engine.spec.priority, -self._positions[engine.name], -launch.index, launch))
         victims = [launch for *_, launch in sorted(lower, key=lambda item: item[:3])]
         before = [other for other in self.placed if other.rank() < request.rank()]
@@ -272,13 +275,15 @@ def _joined(
 def as_move(launch: Launch, found: Placement, observed: Observed) -> Move:
     """The move of a launch to a place, before it is known what can be started first."""
     seen = launch.ready_at - launch.created_at if launch.ready_at is not None else None
-    return Move(launch, launch_gpus(launch, observed.gpus), found.gpus, found.memory_mib, False, seen)
+    from_gpus = launch_gpus(launch, observed.gpus)
+    return Move(launch, from_gpus, found.gpus, found.memory_mib, False, seen, found.host.mib)
 
 
 def in_order(moves: Sequence[Move], desired: Desired) -> list[Move]:
     """The moves in the order in which they can be made, those that need no downtime first.
 
-    A replica is started at its new place first where it may have another port and none of its GPUs is the same. If
+    A replica is started at its new place first where it may have another port, none of its GPUs is the same, and it
+    keeps nothing in the host's memory. If
     another one that is moved has to leave that place, it is moved before; of those that wait for each other
     the one that starts fastest is stopped first.
     """
@@ -301,6 +306,8 @@ def in_order(moves: Sequence[Move], desired: Desired) -> list[Move]:
 def _can_start_first(move: Move, desired: Desired) -> bool:
     engine = desired.engine(move.launch.engine_name)
     new = {gpu.uuid for gpu in move.to_gpus}
+    if taken_mib(move.launch) or move.host_memory_mib:
+        return False  # for a while both would have theirs of the host's memory
     return engine is not None and engine.spec.port == "auto" and not new & set(move.launch.gpus)
 
 

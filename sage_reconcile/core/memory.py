@@ -15,7 +15,10 @@ IDLE_MIB = 64
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """What a GPU's memory is taken by, in MiB. ``ours`` is by replica; ``unmanaged_mib`` is strangers'."""
+    """What the memory of a GPU, or of the host, is taken by, in MiB.
+
+    ``ours`` is by replica; ``unmanaged_mib`` is strangers'.
+    """
 
     total_mib: int
     kept_back_mib: int
@@ -28,9 +31,14 @@ class Occupancy:
         return sum(mib for _, mib in self.ours)
 
     @property
+    def left_mib(self) -> int:
+        """What is left when all have theirs; below zero where more is taken than there is."""
+        return self.total_mib - self.kept_back_mib - self.promised_mib - self.unmanaged_mib
+
+    @property
     def free_mib(self) -> int:
         """What can still be promised; never below zero."""
-        return max(0, self.total_mib - self.kept_back_mib - self.promised_mib - self.unmanaged_mib)
+        return max(0, self.left_mib)
 
     def with_ours(self, *more: tuple[str, int]) -> Occupancy:
         """The same with these replicas of ours there too, each with its MiB."""

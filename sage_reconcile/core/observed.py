@@ -162,7 +162,8 @@ class Launch:
     to be started again when it was stopped. ``inner_ports`` are its own beside ``port``, for what vLLM opens
     inside; none where it is not vLLM, or was started before there were any. ``failure`` is why it ended, where nobody
     asked for that. ``held_mib`` is the most that the driver shows its processes to hold on one GPU now, ``kv_tokens``
-    what its KV cache holds; None where it is not told.
+    what its KV cache holds; None where it is not told. ``host_memory_mib`` is what it was promised of the host's
+    memory, all its processes together, ``host_held_mib`` what these hold of it, shared pages left out.
     """
 
     id: str
@@ -192,6 +193,8 @@ class Launch:
     failure: Failure | None = None
     held_mib: int | None = None
     kv_tokens: int | None = None
+    host_memory_mib: int = 0
+    host_held_mib: int = 0
 
     @property
     def replica(self) -> str:
@@ -212,6 +215,17 @@ class Launch:
     def holds(self) -> bool:
         """Whether its GPUs, memory and ports still count as taken."""
         return self.life is not Life.EXITED
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """The machine's own memory, or what its cgroup may have of it where that is less, in MiB.
+
+    ``available_mib`` can be had without taking anything from anybody: what only caches files is in it.
+    """
+
+    total_mib: int
+    available_mib: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,3 +269,5 @@ class Observed:
     """How many NVLinks join a pair whose link is ``NVLINK``, where that is known."""
     measured: Mapping[str, Measured] = field(default_factory=dict)
     """What past starts took, by ``Measured.key``; ``measured.find`` looks up what is known of an engine."""
+    host_memory: HostMemory | None = None
+    """The host's memory; None where nobody asks for any, or it could not be read."""

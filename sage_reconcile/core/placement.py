@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sage_reconcile.core.host_memory import host_occupancy
+from sage_reconcile.core.host_needs import NOTHING, HostNeed, host_need
 from sage_reconcile.core.memory import launches_by_gpu, occupancy
 from sage_reconcile.core.observed import ComputeMode, Gpu, Launch, Link, Observed, link_groups
 from sage_reconcile.core.packing import BUDGET, pack
 from sage_reconcile.core.promise import Breakdown, Known, known_of, kv_bytes, made_of, nearest_ways, promised_mib
-from sage_reconcile.core.reasons import WORST_LINK, Book, barred, blocked, impossible, no_room, pinned
+from sage_reconcile.core.reasons import WORST_LINK, Book, barred, blocked, impossible, no_host_room, no_room, pinned
 from sage_reconcile.core.slots import Item, Option, Slot
 from sage_reconcile.core.spec import Desired, Engine
 
@@ -49,12 +51,14 @@ class Request:
 class Placement:
     """GPUs for a replica, in rank order, and what it is promised on each of them.
 
-    ``blocked`` says why it can never be started there; empty where it can.
+    ``blocked`` says why it can never be started there; empty where it can. ``host`` is what it is promised of the
+    host's memory.
     """
 
     gpus: tuple[Gpu, ...]
     memory_mib: int
     blocked: str = ""
+    host: HostNeed = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,8 @@ class _Placing:
         self.observed = observed
         self.spread = [engine.name for engine in desired.engines if engine.spec.spread == "gpu"]
         self.books = books(desired, observed, leaving)
+        self._host = host_occupancy(observed, leaving=leaving)
+        self._host_needs: dict[str, HostNeed] = {}
         self._kinds: dict[_Kind, list[int]] = {}
         for position, book in enumerate(self.books):
             kind = (book.gpu.name, book.gpu.memory_total_mib, book.gpu.memory_reserved_mib)
@@ -120,38 +126,72 @@ class _Placing:
         self._pools: dict[object, tuple[tuple[int, ...], ...]] = {}
 
     def results(self, requests: Sequence[Request], budget: int) -> dict[str, Placement | Refusal]:
-        """What becomes of each request, in this order."""
-        results: dict[str, Placement | Refusal] = {}
-        items: dict[tuple[str, tuple[str, ...]], Item | str] = {}
-        asking: list[tuple[Request, Item]] = []
-        for request in requests:
-            name = request.engine.name, request.destination
-            if not request.engine.spec.gpu_count:
-                results[request.replica] = Placement((), 0)
-                continue
-            if name not in items:
-                items[name] = self._item(request.engine, request.destination)
-            item = items[name]
-            if isinstance(item, str):
-                results[request.replica] = Refusal(item)
-            elif request.returning and (why := blocked(request.engine, [book.gpu for book in self.books])):
-                results[request.replica] = Refusal(why)  # what runs does not end for what cannot start
-            else:
-                asking.append((request, item))
-        packed = pack([item for _, item in asking], self._slots(), budget)
+        """What becomes of each request, in this order.
+
+        What has no GPUs for it leaves the host's memory to others: then all are packed once more, without it.
+        """
+        no_gpus: dict[str, bool] = {}
+        while True:
+            results: dict[str, Placement | Refusal] = {}
+            asking, short = self._asking(requests, no_gpus, results)
+            packed = pack([item for _, item in asking], self._slots(), budget)
+            refused = {asking[at][0].replica: proven for at, proven in packed.refused.items()}
+            if not (short and any(self._host_need(asking[at][0].engine).mib for at in packed.refused)):
+                break
+            no_gpus |= refused
         for position, found in sorted(packed.places.items()):
             request = asking[position][0]
             gpus = tuple(self.books[slot].gpu for slot in found.slots)
-            results[request.replica] = Placement(gpus, found.need_mib, blocked(request.engine, gpus))
+            need = self._host_need(request.engine)
+            results[request.replica] = Placement(gpus, found.need_mib, blocked(request.engine, gpus), need)
             self._enter(request, found.slots, found.need_mib)
         told: dict[tuple[str, bool], Refusal] = {}
-        for position, proven in packed.refused.items():
-            request = asking[position][0]
-            engine = request.engine
+        engines = {request.replica: request.engine for request in requests}
+        for replica, proven in (no_gpus | refused).items():
+            engine = engines[replica]
             if (engine.name, proven) not in told:
                 told[engine.name, proven] = Refusal(self._reason(engine, proven=proven), self._ways(engine))
-            results[request.replica] = told[engine.name, proven]
+            results[replica] = told[engine.name, proven]
         return results
+
+    def _asking(
+        self, requests: Sequence[Request], but_for: Container[str], results: dict[str, Placement | Refusal]
+    ) -> tuple[list[tuple[Request, Item]], bool]:
+        """What is to be packed, and whether the host's memory ran out for some; the rest goes into ``results``.
+
+        The host's memory is one pool, so that whoever comes gets it as long as it lasts, one after another.
+        """
+        items: dict[tuple[str, tuple[str, ...]], Item | str] = {}
+        asking: list[tuple[Request, Item]] = []
+        taken, short = self._host, False
+        for request in requests:
+            engine, name = request.engine, (request.engine.name, request.destination)
+            if request.replica in but_for:
+                continue
+            if engine.spec.gpu_count and name not in items:
+                items[name] = self._item(engine, request.destination)
+            item = items.get(name)
+            need = self._host_need(engine)
+            if isinstance(item, str):
+                results[request.replica] = Refusal(item)
+            elif item and request.returning and (why := blocked(engine, [book.gpu for book in self.books])):
+                results[request.replica] = Refusal(why)  # what runs does not end for what cannot start
+            elif need.mib and taken is not None and taken.free_mib < need.mib:
+                results[request.replica] = Refusal(no_host_room(engine, need.mib, taken))
+                short = True
+            else:
+                taken = taken.with_ours((request.replica, need.mib)) if need.mib and taken else taken
+                if item:
+                    asking.append((request, item))
+                else:
+                    results[request.replica] = Placement((), 0, host=need)
+        return asking, short
+
+    def _host_need(self, engine: Engine) -> HostNeed:
+        if engine.name not in self._host_needs:
+            facts = self.observed.models.get(engine.spec.model_at)
+            self._host_needs[engine.name] = host_need(engine, facts, self.observed.host_memory)
+        return self._host_needs[engine.name]
 
     def _need(self, engine: Engine, book: Book) -> int | None:
         return needs(engine, book, self.observed)
@@ -251,7 +291,7 @@ def promise_of(engine: Engine, placement: Placement, observed: Observed) -> tupl
     Of several GPUs on the smallest, which decides.
     """
     if not placement.gpus:
-        return None, 0
+        return placement.host.made_of, 0
     smallest = min(placement.gpus, key=lambda gpu: gpu.memory_total_mib)
     known = known_of(engine, smallest, observed)
     found = made_of(engine.spec, placement.memory_mib, smallest, known)

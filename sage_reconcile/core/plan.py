@@ -32,6 +32,8 @@ class Action:
     that is settled already. ``blocked`` says why it is never done on this machine: it has its place, and nothing
     waits for it. ``inner_ports`` are for what vLLM opens inside. ``made_of`` is what ``memory_mib`` is made of, as far
     as that is known, ``kv_bytes`` the size that vLLM's KV cache is given; 0 where it takes what is left.
+    ``host_memory_mib`` is promised of the host's memory; ``kv_space_gib`` is the KV cache that vLLM is told to take on
+    each rank where it runs on the CPU.
     """
 
     id: str
@@ -55,6 +57,8 @@ class Action:
     blocked: str = ""
     made_of: Breakdown | None = None
     kv_bytes: int = 0
+    host_memory_mib: int = 0
+    kv_space_gib: int = 0
 
     @property
     def now(self) -> bool:
@@ -97,6 +101,7 @@ class Move:
     memory_mib: int
     start_first: bool
     restart_s: float | None
+    host_memory_mib: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +123,20 @@ class GpuMap:
 
 
 @dataclass(frozen=True, slots=True)
+class HostMap:
+    """The host's memory before and after the plan."""
+
+    before: Occupancy
+    after: Occupancy
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """All that shall happen, and what shall not and why.
 
-    ``proposals`` would let in some of what is unplaced; ``waiting`` tells of what is under way; ``forget`` are ids
-    of ended launches whose records are no longer needed; ``notes`` are things a person should know.
+    ``proposals`` would let in some of what is unplaced; ``waiting`` tells of what is under way; ``host`` is None where
+    no engine has or gets any of the host's memory, or it is not known; ``forget`` are ids of ended launches whose
+    records are no longer needed; ``notes`` are things a person should know.
     """
 
     actions: tuple[Action, ...] = ()
@@ -131,6 +145,7 @@ class Plan:
     proposals: tuple[Proposal, ...] = ()
     waiting: tuple[str, ...] = ()
     gpus: tuple[GpuMap, ...] = ()
+    host: HostMap | None = None
     forget: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -6,17 +6,18 @@ from collections.abc import Iterator
 
 from sage_reconcile.core.lifecycle import StopCause
 from sage_reconcile.core.memory import Occupancy
-from sage_reconcile.core.observed import Gpu
+from sage_reconcile.core.observed import Gpu, Launch
 from sage_reconcile.core.plan import Action, GpuMap, Move, Plan, Proposal, Unplaced
 from sage_reconcile.core.promise import Breakdown
-from sage_reconcile.core.reasons import gib, gpu_names, stranger_names
+from sage_reconcile.core.reasons import gib, gpu_names, host_holders, stranger_names
 
 _BAR = 20
 
 
 def plan_text(plan: Plan, now: float) -> str:
     """The whole plan: engines, order, GPUs before and after, counts. Ends with a newline."""
-    lines = [*_engines(plan, now), *_proposals(plan), *_order(plan), *_gpus(plan), *_notes(plan), counts(plan)]
+    lines = [*_engines(plan, now), *_proposals(plan), *_order(plan), *_gpus(plan), *_host(plan), *_notes(plan)]
+    lines.append(counts(plan))
     return "\n".join(lines) + "\n"
 
 
@@ -54,14 +55,14 @@ def _engines(plan: Plan, now: float) -> Iterator[str]:
             sign, verb = ("~", "replace") if action.replica in replaced else ("+", "start")
             verb = "placed" if action.blocked else "move" if action.replica in moved else verb
             before = ends[action.replica] if action.replica in replaced else None
-            where = f"{_place(action.gpus, action.memory_mib)}  port {action.port}"
+            where = f"{_place(action.gpus, action)}  port {action.port}"
             rows.append((f"{sign} {action.replica}\0{verb}\0{where}", _details(action, before, now)))
         elif action.replica not in replaced:
             sign, verb = ("~", "move") if action.replica in moved else ("-", action.kind)
             rows.append((f"{sign} {action.replica}\0{verb}\0{action.cause}", []))
     for kept in plan.kept:
         seen = kept.gpus or not kept.launch.gpus
-        on = _place(kept.gpus, kept.launch.memory_mib) if seen else f"{', '.join(kept.launch.gpus)} (not seen)"
+        on = _place(kept.gpus, kept.launch) if seen else f"{', '.join(kept.launch.gpus)} (not seen)"
         lost = len(kept.launch.gpus) - len(kept.gpus) if kept.gpus else 0
         place = f"{on}{f' (and {lost} that are not seen)' if lost else ''}  port {kept.launch.port}"
         rows.append((f"= {kept.launch.replica}\0unchanged\0{place}", []))
@@ -106,6 +107,7 @@ PART_NAMES = {
     "nccl": "NCCL",
     "lora": "LoRA adapters",
     "draft": "draft model",
+    "processes": "processes",
     "margin": "margin",
 }
 
@@ -113,12 +115,15 @@ PART_NAMES = {
 def breakdown_lines(found: Breakdown) -> Iterator[str]:
     """What a promise is made of, and where it seems too little."""
     parts = [f"{PART_NAMES[part.name]} {gib(part.mib)}" for part in found.parts if part.mib]
-    yield f"{', '.join(parts)} (weights {found.confidence})"
+    yield ", ".join(parts) + ("" if found.note else f" (weights {found.confidence})")
     if found.kv_tokens:
         many = f"{found.requests:.1f} requests of {found.context:,}"
         yield f"its KV cache holds {found.kv_tokens:,} tokens: {many}"
-    if found.needed_mib > found.total_mib:
-        yield f"this may be too little: one request of {found.context:,} tokens seems to need {gib(found.needed_mib)}"
+    if found.too_little:
+        what = f"one request of {found.context:,} tokens" if found.context else "it"
+        yield f"this may be too little: {what} seems to need {gib(found.needed_mib)}"
+    if found.note:
+        yield found.note
 
 
 def way_lines(item: Unplaced) -> Iterator[str]:
@@ -131,11 +136,12 @@ def way_lines(item: Unplaced) -> Iterator[str]:
     yield from (f"  {way_text(way)}  {gib(way.total_mib)}" for way in item.ways)
 
 
-def _place(gpus: tuple[Gpu, ...], memory_mib: int) -> str:
+def _place(gpus: tuple[Gpu, ...], has: Action | Launch) -> str:
     if not gpus:
-        return "CPU"
+        return "CPU" + (f"  {gib(has.host_memory_mib)}" if has.host_memory_mib else "")
     each = " each" if len(gpus) > 1 else ""
-    return f"{gpu_names(gpus)} ({gpus[0].name})  {gib(memory_mib)}{each}"
+    beside = f" + {gib(has.host_memory_mib)} of the host" if has.host_memory_mib else ""
+    return f"{gpu_names(gpus)} ({gpus[0].name})  {gib(has.memory_mib)}{each}{beside}"
 
 
 def _proposals(plan: Plan) -> Iterator[str]:
@@ -187,10 +193,20 @@ def _gpus(plan: Plan) -> Iterator[str]:
     width = max(len(f"{item.gpu.index} {item.gpu.name}") for item in plan.gpus)
     for item in plan.gpus:
         label = f"{item.gpu.index} {item.gpu.name}"
-        before, after = (bar(taken, told=item.gpu.memory_told) for taken in (item.before, item.after))
-        moved = before if before == after else f"{before} -> {after}"
+        moved = _moved(*(bar(taken, told=item.gpu.memory_told) for taken in (item.before, item.after)))
         yield "  ".join(part for part in (f"  {label:<{width}}", moved, _who(item), item.problem) if part)
     yield ""
+
+
+def _host(plan: Plan) -> Iterator[str]:
+    if plan.host is not None:
+        yield "Host memory:"
+        yield f"  {_moved(bar(plan.host.before), bar(plan.host.after))}  {', '.join(host_holders(plan.host.after))}"
+        yield ""
+
+
+def _moved(before: str, after: str) -> str:
+    return before if before == after else f"{before} -> {after}"
 
 
 def bar(taken: Occupancy, *, told: bool = True) -> str:

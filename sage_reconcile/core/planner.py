@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sage_reconcile.core.gpu_maps import gpu_maps, not_back, once_back
+from sage_reconcile.core.gpu_maps import gpu_maps, host_map, not_back, once_back
 from sage_reconcile.core.lanes import Lanes
 from sage_reconcile.core.lifecycle import StopCause, failed, failures, how_it_failed, next_try
 from sage_reconcile.core.making_room import MakingRoom, Room, as_move, in_order
@@ -71,8 +71,7 @@ class _Planner:
         unplaced += [Unplaced(name, why.reason, runs_on=True, ways=why.ways) for name, why in self.refused.items()]
         if unplaced:
             standing.notes += [*not_back(self.observed, standing), *standing.failed_moves()]
-        names = (replica for engine in self.desired.engines for replica in engine.replicas())
-        order = {replica: position for position, replica in enumerate(names)}
+        order = {replica: position for position, replica in enumerate(self.desired.replicas())}
         kept = sorted(standing.kept.items(), key=lambda item: order.get(item[0], 0))
         return Plan(
             actions=tuple(actions),
@@ -81,6 +80,7 @@ class _Planner:
             proposals=proposals,
             waiting=tuple(sorted(standing.waiting)),
             gpus=tuple(gpu_maps(self.desired, self.observed, self.expected, self._leaving, actions)),
+            host=host_map(self.observed, self._leaving, actions),
             forget=tuple(sorted(standing.forget)),
             notes=tuple(sorted(standing.notes)),
         )
@@ -224,8 +224,7 @@ class _Planner:
         actions, unplaced = list(self.standing.actions), []
         by_name = {request.replica: request for request in requests}
         for move in first:
-            request = by_name.pop(move.launch.replica)
-            spawn = self._spawn(request, results, lanes, predecessor=move.launch.id)
+            spawn = self._spawn(by_name.pop(move.launch.replica), results, lanes, predecessor=move.launch.id)
             stop = self._stop_moved(move, after=(spawn.id,))
             lanes.ends(stop, move.launch)
             actions += [spawn, stop]
@@ -257,7 +256,7 @@ class _Planner:
         keys = (replica, *lease.ports, *(gpu.uuid for gpu in placement.gpus))
         cause, not_before, restarts, failed_before = self._history(request)
         breakdown, kv_bytes = promise_of(request.engine, placement, self.observed)
-        waiting = lanes.waits(keys, placement.gpus, placement.memory_mib)
+        after, waiting = lanes.waits(keys, placement)
         if self.stranded and not request.returning:
             waiting = (*waiting, f"{', '.join(self.stranded)} to have a place again")
         if not_before is not None:
@@ -272,7 +271,7 @@ class _Planner:
             kind="spawn",
             replica=replica,
             cause=cause,
-            after=lanes.after(keys),
+            after=after,
             waits_for=", ".join(waiting),
             not_before=not_before,
             gpus=placement.gpus,
@@ -285,6 +284,8 @@ class _Planner:
             blocked=placement.blocked,
             made_of=breakdown,
             kv_bytes=kv_bytes,
+            host_memory_mib=placement.host.mib,
+            kv_space_gib=placement.host.kv_gib,
         )
         if not (held_back or action.blocked):
             lanes.starts(action)

@@ -192,10 +192,11 @@ def utilization(spec: EngineSpec, memory_mib: int, gpu: Gpu) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """A promise on one GPU, part by part: its KV cache is what the other parts leave.
+    """A promise on one GPU, or of the host's memory, part by part: its KV cache is what the other parts leave.
 
     ``kv_tokens`` fit into it, or ``requests`` of ``context`` tokens each. ``needed_mib`` is what the entry asks for, at
-    the least one such request: with less it will hardly start; ``cache_mib`` is the KV cache in that.
+    the least one such request: with less it will hardly start; ``cache_mib`` is the KV cache in that. ``promised_mib``
+    is the promise where the parts may not fit into it; ``note`` is something to know of them.
     """
 
     parts: tuple[Part, ...]
@@ -204,11 +205,18 @@ class Breakdown:
     requests: float = 0.0
     needed_mib: int = 0
     cache_mib: int = 0
+    promised_mib: int = 0
+    note: str = ""
 
     @property
     def total_mib(self) -> int:
         """All parts together."""
         return sum(part.mib for part in self.parts)
+
+    @property
+    def too_little(self) -> bool:
+        """Whether less is promised than the entry seems to need."""
+        return self.needed_mib > (self.promised_mib or self.total_mib)
 
     @property
     def confidence(self) -> str:

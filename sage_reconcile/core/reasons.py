@@ -156,6 +156,28 @@ def no_room(
     )
 
 
+def no_host_room(engine: Engine, need_mib: int, taken: Occupancy) -> str:
+    """Why the host's memory is not enough: the need, what is free, and who has the rest."""
+    spec = engine.spec
+    size = _mib if gib(need_mib) == gib(taken.free_mib) else gib
+    told = f"{spec.memory} = " if spec.device == "cpu" and spec.memory.kind != "mib" else ""
+    what = "" if spec.device == "cpu" else " beside its GPUs (offloaded by its `args`)"
+    usable = taken.total_mib - taken.kept_back_mib
+    never = f"; empty it would have {size(usable)} to give" if need_mib > usable else ""
+    return (
+        f"needs {told}{size(need_mib)} of host memory{what}; {size(taken.free_mib)} of {gib(taken.total_mib)} are free "
+        f"({', '.join(host_holders(taken))}){never}"
+    )
+
+
+def host_holders(taken: Occupancy) -> list[str]:
+    """Who has what of the host's memory: ``chat/0 6.0GiB``, then all others, then what is kept back."""
+    holders = [f"{replica} {gib(mib)}" for replica, mib in taken.ours]
+    if taken.unmanaged_mib:
+        holders.append(f"others {gib(taken.unmanaged_mib)}")
+    return [*holders, f"kept back {gib(taken.kept_back_mib)}"]
+
+
 def _conditions(engine: Engine) -> str:
     spec = engine.spec
     them = "it" if spec.gpu_count == 1 else "them"

@@ -9,9 +9,9 @@ from typing import Any
 from sage_reconcile.core.failure import Failure
 from sage_reconcile.core.gpu_report import gpu_rows, lasting_rows
 from sage_reconcile.core.lifecycle import Phase, StopCause, fault_note, gpu_faults, next_try, phase
-from sage_reconcile.core.memory_report import memory_document
+from sage_reconcile.core.memory_report import host_document, memory_document
 from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
-from sage_reconcile.core.plan import Action, Move, Plan, Proposal
+from sage_reconcile.core.plan import Action, HostMap, Move, Plan, Proposal
 from sage_reconcile.core.plan_text import summary
 from sage_reconcile.core.promise import Breakdown
 from sage_reconcile.core.spec import Desired, Engine
@@ -50,8 +50,20 @@ def plan_document(plan: Plan) -> dict[str, Any]:
             }
             for item in plan.gpus
         ],
+        "host_memory": _host(plan.host) if plan.host else None,
         "notes": list(plan.notes),
         "summary": summary(plan),
+    }
+
+
+def _host(item: HostMap) -> dict[str, Any]:
+    return {
+        "total_mib": item.after.total_mib,
+        "kept_back_mib": item.after.kept_back_mib,
+        "promised_before_mib": item.before.promised_mib,
+        "promised_after_mib": item.after.promised_mib,
+        "unmanaged_mib": item.after.unmanaged_mib,
+        "free_after_mib": item.after.free_mib,
     }
 
 
@@ -89,7 +101,7 @@ def _action(action: Action) -> dict[str, Any]:
 
 
 def breakdown_document(found: Breakdown) -> dict[str, Any]:
-    """What a promise is made of, in MiB of each GPU."""
+    """What a promise is made of, in MiB of each GPU; on the CPU in MiB of the host."""
     return {
         "parts": {f"{part.name}_mib": part.mib for part in found.parts},
         "part_confidence": {part.name: str(part.confidence) for part in found.parts},
@@ -98,6 +110,7 @@ def breakdown_document(found: Breakdown) -> dict[str, Any]:
         "context": found.context or None,
         "requests": found.requests if found.kv_tokens else None,
         "needed_mib": found.needed_mib or None,
+        "note": found.note,
     }
 
 
@@ -106,6 +119,7 @@ def _place(gpus: Sequence[Gpu], has: Action | Launch) -> dict[str, Any]:
     return {
         "gpus": [_gpu_ref(gpu) for gpu in gpus],
         "memory_mib": has.memory_mib,
+        "host_memory_mib": has.host_memory_mib,
         "port": has.port,
         "inner_ports": inner,
     }
@@ -132,6 +146,7 @@ def status_document(desired: Desired, observed: Observed, plan: Plan, now: float
         "converged": plan.in_sync and ready == wanted,
         "engines": engines,
         "gpus": gpu_rows(desired.host, observed),
+        "host_memory": host_document(observed),
         "notes": [*plan.waiting, *(note for note in plan.notes if note not in told)],
     }
 
@@ -140,9 +155,12 @@ def lasting(document: Mapping[str, Any]) -> dict[str, Any]:
     """A status without what changes at every look, as for a report that is kept."""
     engines = []
     for engine in document["engines"]:
-        rows = [{**row, "memory": row["memory"] and {**row["memory"], "held_mib": None}} for row in engine["replicas"]]
+        rows = [
+            {**row, "memory": row["memory"] and {**row["memory"], "held_mib": None}, "host_held_mib": 0}
+            for row in engine["replicas"]
+        ]
         engines.append({**engine, "replicas": rows})
-    return {**document, "engines": engines, "gpus": lasting_rows(document["gpus"])}
+    return {**document, "engines": engines, "gpus": lasting_rows(document["gpus"]), "host_memory": None}
 
 
 def _engine(
@@ -235,6 +253,8 @@ def _replica(
         "gpus": [],
         "memory_mib": 0,
         "memory": None,
+        "host_memory_mib": 0,
+        "host_held_mib": 0,
         "restarts": 0,
         "started_at": None,
         "next_try_at": None,
@@ -265,6 +285,8 @@ def _replica(
         "endpoint": f"http://{_reachable(launch.bind)}:{launch.port}",
         "gpus": [{"index": by_uuid[u].index if u in by_uuid else None, "uuid": u} for u in launch.gpus],
         "memory_mib": launch.memory_mib,
+        "host_memory_mib": launch.host_memory_mib,
+        "host_held_mib": launch.host_held_mib,
         "started_at": launch.created_at,
         "reason": "; ".join(part for part in (launch.stop_cause, faults) if part),
     }

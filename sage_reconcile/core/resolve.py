@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sage_reconcile.core.fields import ENGINE_NAME
+from sage_reconcile.core.fields import CPU_KV_SPACE, CPU_KV_SPACE_FAULT, ENGINE_NAME
 from sage_reconcile.core.host_spec import DeclaredGpu, HostSpec
 from sage_reconcile.core.source import Route, Source, steps_in_file, words
 from sage_reconcile.core.spec import Desired, Engine, EngineSpec, FileSpec
@@ -201,6 +201,8 @@ class _Reader:
         if spec is None:
             return None
         file_env = env_files.get(spec.env_file or "", {})
+        if spec.sizes_cpu_cache and CPU_KV_SPACE in file_env:
+            self._fault((*origin.get("env_file", route), "env_file"), *CPU_KV_SPACE_FAULT)
         if not spec.served_model_name:
             spec = spec.model_copy(update={"served_model_name": (name,)})
         if spec.memory.kind == "all":

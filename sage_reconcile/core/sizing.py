@@ -32,8 +32,8 @@ WEIGHTS_MARGIN, ACTIVATION_MARGIN, SPARE_MIB = 0.03, 0.2, 512
 holds also what one rank takes outside torch (0.24 to 0.46 GiB)."""
 
 
-PARTS = ("weights", "kv_cache", "activation", "cuda_graphs", "context", "nccl", "lora", "draft", "margin")
-"""The names of the parts, in this order."""
+PARTS = ("weights", "kv_cache", "activation", "cuda_graphs", "context", "nccl", "lora", "draft", "processes", "margin")
+"""The names of the parts, in this order. ``processes`` is of the host: what the processes take for themselves."""
 
 
 class Confidence(StrEnum):
@@ -167,6 +167,7 @@ def size(
         Part("nccl", NCCL_MIB if work.parallel.tensor > 1 else 0, guessed),
         Part("lora", _mib(lora), estimated),
         Part("draft", _mib(drafted + drafted_kv), how),
+        Part("processes", 0, estimated),
         Part("margin", _mib(spare + ACTIVATION_MARGIN * active) + SPARE_MIB, guessed),
     )
     return Sizing(parts, shape, context, tokens, kv_bytes)

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from sage_reconcile.core.fields import (
+    CPU_KV_SPACE,
+    CPU_KV_SPACE_FAULT,
     read_command,
     read_env,
     read_flags,
@@ -70,7 +72,8 @@ class EngineSpec(Strict):
     memory: MemoryRequest = Field(
         default=Memory("auto"),
         validate_default=True,
-        description="Memory on each GPU: auto, 24GiB, 30%, all (a GPU alone), or manual (as its `args` say).",
+        description="Memory on each GPU: auto, 24GiB, 30%, all (a GPU alone), or manual (as its `args` say). "
+        "With device: cpu: of the host, all of a replica together.",
     )
     context: Tokens | None = Field(
         default=None, description="The longest request, prompt and answer, in tokens: 8192 or 32k."
@@ -79,7 +82,10 @@ class EngineSpec(Strict):
         default=None, ge=1, le=100000, description="With memory: auto: room for so many requests of full length."
     )
     kv_cache: SizeMib | None = Field(
-        default=None, gt=0, description="With memory: auto: the size of the KV cache on each GPU, whatever fits in it."
+        default=None,
+        gt=0,
+        description="With memory: auto: the size of the KV cache on each GPU, whatever fits in it "
+        "(on the CPU of each rank, in whole GiB).",
     )
     spread: Literal["gpu", "none"] = Field(default="none", description="gpu: no GPU has two replicas of it.")
     link: Literal["nvlink", "numa", "any"] = Field(default="any", description="What must link the GPUs of a replica.")
@@ -125,6 +131,11 @@ class EngineSpec(Strict):
         ranks = self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
         return ranks if self.device == "cuda" else 0
 
+    @property
+    def sizes_cpu_cache(self) -> bool:
+        """Whether it is vLLM on the CPU, and the size of its KV cache is ours to say."""
+        return self.device == "cpu" and self.runtime == "vllm" and self.memory.kind != "manual"
+
     @model_validator(mode="after")
     def _fields_fit_together(self) -> EngineSpec:
         if self.command and self.runtime != "command":
@@ -144,10 +155,13 @@ class EngineSpec(Strict):
         if self.model is None and (self.runtime != "command" or any("{model}" in word for word in self.command or ())):
             raise fault("field `model` is missing", "name the model on the hub, or its folder")
         self._memory_is_asked_for_once()
+        if self.sizes_cpu_cache and CPU_KV_SPACE in self.env:
+            raise fault(*CPU_KV_SPACE_FAULT, field="env", key=CPU_KV_SPACE)
         if self.device == "cpu" and self.gpus != "auto":
             raise fault("`gpus` are listed, but `device: cpu` uses none", "remove one of the two", field="gpus")
-        if self.device == "cpu" and self.memory.kind == "percent":
-            raise fault("a share of a GPU means nothing with `device: cpu`", "write a size, or auto", field="memory")
+        if self.device == "cpu" and self.memory.kind in ("percent", "all"):
+            what = "a share of a GPU" if self.memory.kind == "percent" else "a GPU alone"
+            raise fault(f"{what} means nothing with `device: cpu`", "write a size, or auto", field="memory")
         if self.gpus != "auto" and len(self.gpus) < self.gpu_count:
             raise fault(
                 f"`gpus` lists {len(self.gpus)}, but one replica takes {self.gpu_count} (all parallel sizes)",
@@ -271,6 +285,10 @@ class Desired:
     engines: tuple[Engine, ...]
     digest: str = ""
     unwanted: str = "its engine is not in the file"
+
+    def replicas(self) -> tuple[str, ...]:
+        """The names of all replicas that shall run, in the order of the file."""
+        return tuple(replica for engine in self.engines for replica in engine.replicas())
 
     def engine(self, name: str) -> Engine | None:
         """The engine of that name, or None."""

@@ -186,6 +186,7 @@ def end(
         changes=differences,
         goes_to=goes_to,
         memory_mib=launch.memory_mib,
+        host_memory_mib=launch.host_memory_mib,
         port=launch.port,
         inner_ports=launch.inner_ports,
     )

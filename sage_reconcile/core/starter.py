@@ -67,7 +67,7 @@ engines:
   #   model: Qwen/Qwen2.5-0.5B-Instruct
   #   device: cpu
   #   python: /opt/vllm/bin/python   # the Python that has vLLM, if it is not our own
-  #   env: {{VLLM_CPU_KVCACHE_SPACE: "4"}}
+  #   kv_cache: 4GiB    # of the host's memory, as is all else that it takes
 """
 
 

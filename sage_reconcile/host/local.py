@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sage_reconcile.core import startup_log
 from sage_reconcile.core.command import command_line, environment, inner_base
-from sage_reconcile.core.declared import declared_gpus, declared_links
+from sage_reconcile.core.declared import declared_gpus, declared_links, inventory
 from sage_reconcile.core.failure import Failure
 from sage_reconcile.core.measured import cuda_totals
 from sage_reconcile.core.observed import Exit, Gpu, GpuProcess, Launch, Life, Links, Observed, Port
@@ -96,6 +96,8 @@ class LocalHost:
             records = [record for record in records if not self._undo(record, found[record.id])]
         self._found = {record.id: found[record.id] for record in records}
         self._logs = [Path(record.log_path) for record in records if not record.ended]
+        held = observe.host_held(records, self._found)
+        host_memory = observe.host_memory(desired, records, problems)
         ready = self._ready(records, found)
         totals = cuda_totals(self._learned.read())
         gpus = tuple(dataclasses.replace(gpu, cuda_total_mib=totals.get(gpu.name)) for gpu in gpus)
@@ -119,6 +121,7 @@ class LocalHost:
                 self._launch(record, found[record.id], record.id in ready),
                 failure=failures[record.id],
                 held_mib=learned.held_mib(record.id, owned),
+                host_held_mib=held.get(record.id, 0),
             )
             for record in records
         ]
@@ -133,6 +136,7 @@ class LocalHost:
             nvlink_counts=self._links.nvlink_counts,
             problems=(*problems, *unread(desired, models)),
             measured=self._learned.read(),
+            host_memory=host_memory,
         )
 
     def _ports(self, desired: Desired, launches: Iterable[Launch]) -> tuple[Port, ...]:
@@ -215,6 +219,7 @@ class LocalHost:
             stage=startup_log.stage(logs.tail(Path(record.log_path), 40)) if starting else "",
             inner_ports=range(record.inner_port, record.inner_port + record.inner_count),
             kv_tokens=record.kv_tokens,
+            host_memory_mib=record.host_memory_mib,
         )
 
     def _failure(self, record: Record, found: Found, desired: Desired) -> Failure | None:
@@ -314,6 +319,7 @@ class LocalHost:
             inner_count=len(action.inner_ports),
             oom_kills=oom.kills(),
             kv_bytes=action.kv_bytes,
+            host_memory_mib=action.host_memory_mib,
         )
         argv = command_line(
             engine.spec,
@@ -346,7 +352,8 @@ class LocalHost:
     def _environment(
         self, spec: EngineSpec, overlay: Mapping[str, str], action: Action, launch_id: str, desired: Desired
     ) -> dict[str, str]:
-        environ = environment(self.environ, overlay, action.gpus, inner_base(spec, action.inner_ports))
+        base = inner_base(spec, action.inner_ports)
+        environ = environment(self.environ, overlay, action.gpus, base, action.kv_space_gib)
         environ[processes.LAUNCH_VARIABLE] = launch_id
         environ["SAGE_RECONCILE_REPLICA"] = action.replica
         environ["PYTHONSAFEPATH"] = "1"  # a folder called vllm beside engines.yaml must not shadow the package
@@ -357,16 +364,9 @@ class LocalHost:
             path = environ.get("PYTHONPATH")
             environ["PYTHONPATH"] = os.pathsep.join([_PACKAGE_PARENT, path] if path else [_PACKAGE_PARENT])
             if desired.host.declared and action.gpus:
-                self._write_simulated_gpus(desired)
+                simulated_gpus.write_inventory(self.state.simulated_gpus, inventory(desired.host.declared))
                 environ["SAGE_RECONCILE_SIMULATED_GPUS"] = str(self.state.simulated_gpus)
         return environ
-
-    def _write_simulated_gpus(self, desired: Desired) -> None:
-        inventory = [
-            {"uuid": gpu.uuid, "name": gpu.name, "memory_total_mib": gpu.memory_total_mib}
-            for gpu in declared_gpus(desired.host.declared, simulated=True)
-        ]
-        simulated_gpus.write_inventory(self.state.simulated_gpus, inventory)
 
     def _stop(self, action: Action) -> None:
         """SIGTERM, and only then the note that it was sent: after a crash between the two it is sent again."""

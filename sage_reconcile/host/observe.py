@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sage_reconcile.core.observed import Life
-from sage_reconcile.host import processes
+from sage_reconcile.core.host_needs import asks_host
+from sage_reconcile.core.observed import HostMemory, Life
+from sage_reconcile.core.spec import Desired
+from sage_reconcile.host import memory, processes
 from sage_reconcile.host.processes import ProcessId, Run, Stat
 from sage_reconcile.host.records import Record
 
@@ -188,6 +190,36 @@ def with_escaped(record: Record, session: int, leader: ProcessId, stats: Sequenc
 def _is_our_shell(stat: Stat, record: Record, leader: ProcessId) -> bool:
     marked = not stat.running or processes.is_marked(stat.pid, record.id)  # a zombie has no environment to look at
     return marked and stat.start_ticks <= leader.start_ticks
+
+
+def host_held(records: Iterable[Record], found: Mapping[str, Found]) -> dict[str, int]:
+    """MiB of the host that each launch holds that was promised some, or is vLLM on the CPU; of others nothing.
+
+    All its processes together, from one look at the machine's, without what they share.
+    """
+    asked = [
+        (record, seen.session, seen.leader)
+        for record in records
+        if (seen := found[record.id]).life in (Life.ALIVE, Life.LEFTOVER) and seen.leader is not None
+        if record.host_memory_mib or (record.spec.get("device"), record.spec.get("runtime")) == ("cpu", "vllm")
+    ]
+    stats = list(processes.scan()) if asked else []
+    held = {}
+    for record, session, leader in asked:
+        ours, _ = proven_members(record, session, leader, stats)
+        held[record.id] = memory.held_mib([stat.pid for stat in ours])
+    return held
+
+
+def host_memory(desired: Desired, records: Iterable[Record], problems: list[str]) -> HostMemory | None:
+    """The host's memory, where anybody has or asks for some; to be read after ``host_held``, which may be growing."""
+    asked = any(asks_host(engine.spec) for engine in desired.engines)
+    if not (asked or any(record.host_memory_mib for record in records if not record.ended)):
+        return None
+    found = memory.read()
+    if found is None:
+        problems.append("the host's memory could not be read: what engines need of it is not counted")
+    return found
 
 
 def identities(stats: Sequence[Stat]) -> list[ProcessId]:

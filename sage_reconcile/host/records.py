@@ -63,13 +63,14 @@ class Record:
     kv_tokens: int | None = None
     oom_kills: int = 0
     kv_bytes: int = 0
+    host_memory_mib: int = 0
 
 
 _REQUIRED = {"id", "engine_name", "index", "spec", "gpus", "memory_mib", "port"}
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("id", "engine_name", "bind", "boot_id", "stop_cause", "log_path", "predecessor"), (str,)),
     **dict.fromkeys(("index", "memory_mib", "port", "version", "restarts", "failures"), (int,)),
-    **dict.fromkeys(("inner_port", "inner_count", "oom_kills", "kv_bytes"), (int,)),
+    **dict.fromkeys(("inner_port", "inner_count", "oom_kills", "kv_bytes", "host_memory_mib"), (int,)),
     **dict.fromkeys(("spec", "secret_marks", "failure"), (dict,)),
     **dict.fromkeys(("gpus", "leader", "members", "destination"), (list,)),
     **dict.fromkeys(("ready_at", "stopping_since", "ended_at"), (int, float, type(None))),
@@ -188,6 +189,8 @@ def _fits(name: str, value: object) -> bool:
         return False
     if name in ("inner_port", "inner_count"):
         return isinstance(value, int) and 0 <= value <= 65535
+    if name == "host_memory_mib":
+        return isinstance(value, int) and value >= 0
     if name in ("gpus", "destination"):
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if name == "leader":

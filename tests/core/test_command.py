@@ -119,6 +119,14 @@ def test_an_engine_sees_its_gpus_by_uuid_and_nothing_that_would_mislead_it() -> 
     assert environment(inherited, {}, ())["CUDA_VISIBLE_DEVICES"] == "", "an engine on the CPU sees no GPU"
 
 
+def test_vllm_on_the_cpu_is_told_its_cache_and_never_inherits_one() -> None:
+    inherited = {"VLLM_CPU_KVCACHE_SPACE": "40"}
+    assert environment(inherited, {}, (), None, 4)["VLLM_CPU_KVCACHE_SPACE"] == "4"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment(inherited, {}, ())
+    by_hand = environment(inherited, {"VLLM_CPU_KVCACHE_SPACE": "3"}, ())
+    assert by_hand["VLLM_CPU_KVCACHE_SPACE"] == "3"
+
+
 @pytest.mark.parametrize(
     ("fields", "count"),
     [

@@ -351,6 +351,7 @@ def test_measured_parts_stand_for_estimated_ones_and_say_so() -> None:
         "nccl": 0,
         "lora": 0,
         "draft": 0,
+        "processes": 0,
         "margin": 150,
     }
     assert found.confidence == "measured"

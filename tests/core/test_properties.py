@@ -13,7 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from sage_reconcile.core.check import check_plan
 from sage_reconcile.core.drift import changes
 from sage_reconcile.core.lifecycle import StopCause
-from sage_reconcile.core.observed import ComputeMode, Exit, Gpu, GpuProcess, Launch, Life, Link, Observed, Port
+from sage_reconcile.core.observed import (
+    ComputeMode,
+    Exit,
+    Gpu,
+    GpuProcess,
+    HostMemory,
+    Launch,
+    Life,
+    Link,
+    Observed,
+    Port,
+)
 from sage_reconcile.core.plan import Action, Plan
 from sage_reconcile.core.plan_text import plan_text
 from sage_reconcile.core.planner import make_plan
@@ -53,7 +64,7 @@ def entries(draw: st.DrawFn) -> str:
         "tensor_parallel_size": one_of("2", "4"),
         "priority": one_of("-1", "5"),
         "data_parallel_size": st.just("2"),
-        "args": one_of("{seed: 1}", "{seed: 2}"),
+        "args": one_of("{seed: 1}", "{seed: 2}", "{cpu-offload-gb: 6}"),
         "env": one_of("{TOKEN: one}", "{TOKEN: two}"),
         "runtime": st.just("simulator"),
         "stop_timeout": one_of("2s", "10m"),
@@ -68,7 +79,7 @@ def entries(draw: st.DrawFn) -> str:
         if draw(st.integers(0, 3)) == 0:
             fields.append(f"{name}: {draw(values)}")
     text = ", ".join(fields)
-    if draw(st.integers(0, 9)) == 0 and "%" not in text:
+    if draw(st.integers(0, 5)) == 0 and "%" not in text:
         text += ", device: cpu"
     elif draw(st.integers(0, 5)) == 0 and "_parallel" not in text:
         text += f", gpus: [{draw(one_of('0', '1', '0, 1', 'GPU-2', '7'))}]"
@@ -126,6 +137,8 @@ def launches(draw: st.DrawFn, number: int, ran: Desired, box: list[Gpu]) -> Laun
         secret_marks=secret_marks(engine.secrets, launch_id),
         gpus=tuple(on) if engine.spec.device == "cuda" else (),
         memory_mib=draw(st.sampled_from([1, 20, 40])) * GIB if on else 0,
+        host_memory_mib=draw(st.sampled_from([0, 0, 6, 20])) * GIB,
+        host_held_mib=draw(st.sampled_from([0, 0, 500, 7 * GIB])),
         port=8000 + draw(st.integers(0, 9)),
         bind="127.0.0.1",
         life=life,
@@ -178,6 +191,15 @@ def linked(draw: st.DrawFn, box: list[Gpu]) -> dict[frozenset[str], Link]:
 
 
 @st.composite
+def host_memories(draw: st.DrawFn, found: list[Launch]) -> HostMemory | None:
+    total = draw(st.sampled_from([None, 16, 48, 64, 128]))
+    if total is None:
+        return None
+    held = sum(launch.host_held_mib for launch in found if launch.holds) + draw(st.sampled_from([0, 300, 8 * GIB]))
+    return HostMemory(total * GIB, max(0, total * GIB - held))
+
+
+@st.composite
 def worlds(draw: st.DrawFn, busy: bool = True) -> World:
     text = draw(files())
     ran_text = text if draw(st.booleans()) else draw(files())
@@ -192,7 +214,13 @@ def worlds(draw: st.DrawFn, busy: bool = True) -> World:
     ports = draw(st.lists(st.integers(8000, 8006), unique=True, max_size=2))
     ports += draw(st.lists(st.integers(20000, 20029), unique=True, max_size=2))
     links = {} if draw(st.booleans()) else draw(linked(box))
-    observed = Observed(tuple(box), tuple(found), tuple(Port(port, "nginx") for port in ports), links=links)
+    observed = Observed(
+        tuple(box),
+        tuple(found),
+        tuple(Port(port, "nginx") for port in ports),
+        links=links,
+        host_memory=draw(host_memories(found)),
+    )
     return World(ran_text, text, read_once(text), observed, moves=draw(st.booleans()))
 
 
@@ -332,6 +360,7 @@ def applied(world: World, plan: Plan, at: float) -> Observed:
                     memory_mib=action.memory_mib,
                     port=action.port,
                     inner_ports=action.inner_ports,
+                    host_memory_mib=action.host_memory_mib,
                     bind=world.desired.host.bind,
                     life=Life.ALIVE,
                     created_at=at,
@@ -339,7 +368,14 @@ def applied(world: World, plan: Plan, at: float) -> Observed:
                     ready_at=at,
                 )
             )
-    return replace(world.observed, gpus=tuple(without(gpu, gone) for gpu in world.observed.gpus), launches=tuple(found))
+    host = world.observed.host_memory
+    freed = sum(x.host_held_mib for x in world.observed.launches if x.id in gone and x.holds)
+    return replace(
+        world.observed,
+        gpus=tuple(without(gpu, gone) for gpu in world.observed.gpus),
+        launches=tuple(found),
+        host_memory=host and replace(host, available_mib=host.available_mib + freed),
+    )
 
 
 def without(gpu: Gpu, gone: set[str]) -> Gpu:

@@ -190,6 +190,17 @@ ADDRESS = "write one such as 127.0.0.1, ::1 or 0.0.0.0, without a port"
             ("f:6:13: engines.chat.memory: a share of a GPU means nothing with `device: cpu`; write a size, or auto"),
         ),
         (
+            "model: m\ndevice: cpu\nmemory: all",
+            ("f:6:13: engines.chat.memory: a GPU alone means nothing with `device: cpu`; write a size, or auto"),
+        ),
+        (
+            "model: m\ndevice: cpu\nenv: {VLLM_CPU_KVCACHE_SPACE: 4}",
+            (
+                "f:6:11: engines.chat.env.VLLM_CPU_KVCACHE_SPACE: `VLLM_CPU_KVCACHE_SPACE` is set by sage-reconcile; "
+                "use the field `kv_cache`, or write `memory: manual`"
+            ),
+        ),
+        (
             "model: m\nport: 65535\nreplicas: 2",
             ("f:5:11: engines.chat.port: 2 replicas from port 65535 on go past 65535; start at a lower port"),
         ),
@@ -565,6 +576,24 @@ def test_env_overrides_the_env_file() -> None:
     assert faults == []
     assert wanted.engines[0].env == {"A": "own", "B": "file"}
     assert "file" not in repr(wanted.engines[0].record.values())
+
+
+@pytest.mark.parametrize("where", ["defaults", "entry"])
+def test_the_cache_of_vllm_on_the_cpu_is_not_set_in_an_env_file_but_by_hand(where: str) -> None:
+    text = (
+        "version: 1\ndefaults: {env_file: a.env}\nengines: {chat: {model: m, device: cpu}}\n"
+        if where == "defaults"
+        else "version: 1\nengines:\n  chat: {model: m, device: cpu, env_file: a.env}\n"
+    )
+    files = {"a.env": {"VLLM_CPU_KVCACHE_SPACE": "4"}}
+    _, faults = read(text, {}, files)
+    line, path = ("2:22", "defaults.env_file") if where == "defaults" else ("3:43", "engines.chat.env_file")
+    (fault,) = faults
+    what = "`VLLM_CPU_KVCACHE_SPACE` is set by sage-reconcile; use the field `kv_cache`, or write `memory: manual`"
+    assert fault.text("f") == f"f:{line}: {path}: {what}"
+    for other in ("memory: manual", "runtime: simulator", "device: cuda"):
+        allowed = text.replace("device: cpu", other if "cuda" in other else f"device: cpu, {other}")
+        assert read(allowed, {}, files)[1] == []
 
 
 def test_env_files_are_named_with_the_field_that_names_them_first() -> None:

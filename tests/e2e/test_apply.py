@@ -264,11 +264,12 @@ def test_on_a_terminal_apply_asks_and_takes_no_for_an_answer(box: Box) -> None:
 
 def test_ctrl_c_ends_apply_in_the_middle_of_its_work(box: Box) -> None:
     """Sent while passes are busy: Python 3.11 can lose it there."""
-    box.write(f"chat: {{{SIMULATED}, device: cpu, replicas: 12}}", "gpus: none")
+    on_cpu = "runtime: simulator, model: a/b-7B, device: cpu, replicas: 12"
+    box.write(f"chat: {{{on_cpu}}}", "gpus: none")
     box.run("apply", "--yes")
     for seconds, after_s in ((3.1, 0.5), (3.2, 0.9), (3.3, 1.3)):
         args = f"args: {{simulate-load-seconds: {seconds}}}"
-        box.write(f"chat: {{{SIMULATED}, device: cpu, replicas: 12, {args}}}", "gpus: none")
+        box.write(f"chat: {{{on_cpu}, {args}}}", "gpus: none")
         command = [sys.executable, "-m", "sage_reconcile", "apply", "--yes"]
         restored = (
             "import signal, os, sys; signal.signal(2, signal.default_int_handler); os.execv(sys.argv[1], sys.argv[1:])"

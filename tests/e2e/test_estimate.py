@@ -139,3 +139,19 @@ def test_a_file_of_weights_that_is_cut_short_is_noted(box: Box, model: str) -> N
 )
 def test_what_is_not_understood_is_wrong_usage(box: Box, model: str, words: list[str], said: str) -> None:
     assert said in " ".join(box.run("estimate", model, *words, expect=64, COLUMNS="400").split())
+
+
+def test_an_estimate_for_the_cpu_is_what_a_plan_promises(box: Box, model: str) -> None:
+    document = asked(box, model, "--device", "cpu", "--context", "4k", "-tp", "2")
+    assert (document["device"], document["kv_space_gib"], document["gpu"], document["smallest"]) == ("cpu", 1, None, [])
+    assert document["parts"]["processes_mib"] == 4 * 512
+    assert document["total_mib"] == sum(document["parts"].values())
+    text = box.run("estimate", model, "--device", "cpu", "--context", "4k")
+    assert text.startswith("llama, 1 x 4,096 tokens: MiB of the host, all processes together\n")
+    assert "VLLM_CPU_KVCACHE_SPACE=1" in text
+    box.write("real: {model: llama, device: cpu, context: 4k, tensor_parallel_size: 2, memory: auto}", "gpus: none")
+    assert box.json("explain", "real", expect=None)["replicas"][0]["host_memory"]["need_mib"] == document["total_mib"]
+    assert "--gpu" in box.run("estimate", model, "--device", "cpu", "--gpu", "L4", expect=64)
+    guess = asked(box, "a/b-7B", "--device", "cpu", "--offline")
+    assert (guess["confidence"], guess["kv_space_gib"], guess["context"]) == ("guessed", 4, None)
+    assert "nothing here tells how large" in box.run("estimate", "mystery", "--device", "cpu", "--offline", expect=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def _python() -> Path:
 def entry(python: Path, model: Path, args: str = "") -> str:
     flags = "load-format: dummy, max-model-len: 256, enforce-eager: true"
     return (
-        f"tiny: {{model: {model}, device: cpu, python: {python}, startup_timeout: 5m, kv_cache: 16MiB, "
+        f"tiny: {{model: {model}, device: cpu, python: {python}, startup_timeout: 5m, kv_cache: 1GiB, "
         f"env: {{HF_HUB_OFFLINE: '1', VLLM_NO_USAGE_STATS: '1', VLLM_API_KEY: '${{KEY:-none}}'}}, "
         f"args: {{{flags}{args}}}}}"
     )
@@ -108,21 +109,31 @@ def test_a_bad_flag_ends_apply_with_vllms_own_words(box: Box, python: Path) -> N
     assert not box.processes()
 
 
-def sized(box: Box, python: Path, kv_cache: str, context: int) -> None:
+def sized(box: Box, python: Path, cache: str, context: int, flag: str = "") -> None:
     """The tiny model with that KV cache, made for contexts that long."""
     model = vllm_cpu.tiny_model(box.folder / "model")
-    size, variable = (f"kv_cache: {kv_cache}, ", "") if kv_cache else ("", "VLLM_CPU_KVCACHE_SPACE: '1', ")
     box.write(
-        f"tiny: {{model: {model}, device: cpu, python: {python}, startup_timeout: 5m, context: {context}, {size}"
-        f"env: {{{variable}HF_HUB_OFFLINE: '1', VLLM_NO_USAGE_STATS: '1'}}, "
-        "args: {load-format: dummy, enforce-eager: true, hf-overrides: {max_position_embeddings: 65536}}}",
+        f"tiny: {{model: {model}, device: cpu, python: {python}, startup_timeout: 5m, context: {context}, {cache}, "
+        f"env: {{HF_HUB_OFFLINE: '1', VLLM_NO_USAGE_STATS: '1'}}, args: {{load-format: dummy, {flag}"
+        "enforce-eager: true, hf-overrides: {max_position_embeddings: 65536}}}",
         host="gpus: none",
     )
 
 
 def test_the_kv_cache_it_reports_is_what_it_was_told_and_is_kept(box: Box, python: Path) -> None:
-    sized(box, python, "", 256)
+    sized(box, python, "kv_cache: 700MiB", 256)
     box.run("apply", "--yes")
+    [record] = box.records()
+    parts = box.json("explain", "tiny")["replicas"][0]["made_of"]["parts"]
+    assert (parts["kv_cache_mib"], parts["processes_mib"]) == (1024, 3 * 512)
+    assert record["host_memory_mib"] == sum(parts.values())
+    status = box.status()
+    row = status["engines"][0]["replicas"][0]
+    assert row["host_memory_mib"] == record["host_memory_mib"]
+    # the KV cache and three processes with a torch of their own each; less than that would be somebody else's memory
+    assert 1024 + 3 * 200 < row["host_held_mib"] <= row["host_memory_mib"]
+    assert status["host_memory"]["promised_mib"] == row["host_memory_mib"]
+    assert "VLLM_CPU_KVCACHE_SPACE=1" in environ(row["pid"])
     [found] = Learned(box.state / "measured.json").read().values()
     assert (found.vllm_version, found.starts, found.held_mib) == (vllm_cpu.VLLM_VERSION, 1, None)
     assert found.figures.cpu_kv_cache_mib == 1024
@@ -136,18 +147,42 @@ def test_the_kv_cache_it_reports_is_what_it_was_told_and_is_kept(box: Box, pytho
 
 
 def test_a_start_that_cannot_fit_says_the_number_that_would_and_it_does(box: Box, python: Path) -> None:
-    sized(box, python, "16MiB", 65536)
+    by_hand = "memory: manual"
+    sized(box, python, by_hand, 65536, "kv-cache-memory-bytes: 16M, ")
     text = box.run("apply", "--yes", expect=1)
     told = box.replicas()["tiny/0"]["failure"]
     assert told["class"] == "KV cache too small"
-    assert f"write `kv_cache: {told['kv_cache_mib']}MiB`, or `context: {told['context_tokens']}`" in text
-    sized(box, python, f"{told['kv_cache_mib']}MiB", 65536)
+    fix = f"`kv-cache-memory-bytes: {told['kv_cache_mib']}M` in `args`"
+    assert f"write {fix}, or `context: {told['context_tokens']}`" in text
+    sized(box, python, by_hand, 65536, f"kv-cache-memory-bytes: {told['kv_cache_mib']}M, ")
     box.run("apply", "--yes")
     assert complete(box.replicas()["tiny/0"]["port"]) == "length"
-    sized(box, python, "16MiB", told["context_tokens"])
+    sized(box, python, by_hand, told["context_tokens"], "kv-cache-memory-bytes: 16M, ")
     box.run("apply", "--yes")
     [tokens] = {record["kv_tokens"] for record in box.records() if not record["ended"]}
     assert tokens == 32768
+
+
+def test_a_second_engine_that_does_not_fit_the_host_is_refused_with_numbers(box: Box, python: Path) -> None:
+    """One that runs, one that asks for nearly all that there is, and one for all: the first stays as it is."""
+    model = vllm_cpu.tiny_model(box.folder / "model")
+    box.write(entry(python, model), host="gpus: none")
+    box.run("apply", "--yes")
+    first = box.ready()["tiny/0"]
+    host = box.status()["host_memory"]
+    large = f"large: {{model: {model}, device: cpu, python: {python}, memory: {host['total_mib'] - 3000}MiB}}"
+    box.write(f"{entry(python, model)}\n{large}", host="gpus: none")
+    text = box.run("diff", expect=3)
+    assert re.search(
+        r"! large/0 +unplaced +needs [\d.]+GiB of host memory; [\d.]+GiB of [\d.]+GiB are free \(tiny/0", text
+    )
+    assert (
+        box.json("explain", "large", expect=3)["replicas"][0]["host_memory"]["verdict"]
+        .partition(" ")[2]
+        .startswith("too little")
+    )
+    assert "Host memory:" in text
+    assert box.ready() == {"tiny/0": first}
 
 
 def test_a_model_that_is_not_there_is_told(box: Box, python: Path) -> None:

@@ -33,6 +33,7 @@ FULL = record(
     destination=["GPU-3", "GPU-4"],
     inner_port=20000,
     inner_count=8,
+    host_memory_mib=6000,
     gpus=["GPU-1", "GPU-2"],
     spec={"model": "a/b", "args": {"x": [1, None]}},
     secret_marks={"env.A": "mark"},
@@ -102,6 +103,7 @@ def test_torn_and_foreign_records_are_reported_and_skipped(tmp_path: Path, conte
         *(("memory_mib", "gone"), ("port", "gone"), ("inner_port", "20000"), ("inner_port", None)),
         *(("predecessor", 1), ("predecessor", None), ("destination", "GPU-1"), ("destination", [1])),
         *(("inner_port", -1), ("inner_count", 65536), ("inner_count", True), ("inner_count", -8)),
+        *(("host_memory_mib", -1), ("host_memory_mib", "6"), ("host_memory_mib", None)),
     ],
 )
 def test_a_field_that_is_wrong_or_missing_makes_it_unreadable(tmp_path: Path, name: str, value: object) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from sage_reconcile.core.declared import declared_gpus, declared_links
+from sage_reconcile.core.host_needs import host_need
 from sage_reconcile.core.lifecycle import StopCause
 from sage_reconcile.core.model_config import read_model_config
 from sage_reconcile.core.observed import (
@@ -23,6 +24,7 @@ from sage_reconcile.core.observed import (
     Exit,
     Gpu,
     GpuProcess,
+    HostMemory,
     Launch,
     Life,
     Link,
@@ -79,7 +81,7 @@ def load(path: Path) -> Case:
 
 
 def world(data: Mapping[str, Any], ran: Desired, now: float) -> Observed:
-    unknown = data.keys() - {"gpus", "gpu_note", "launches", "ports", "models", "links", "declared"}
+    unknown = data.keys() - {"gpus", "gpu_note", "launches", "ports", "models", "links", "declared", "host"}
     assert not unknown, f"observed: unknown keys {sorted(unknown)}"
     if data.get("declared"):
         assert data.keys() == {"declared"}, "a declared box is empty"
@@ -90,7 +92,8 @@ def world(data: Mapping[str, Any], ran: Desired, now: float) -> Observed:
     launches: list[Launch] = []
     held: dict[str, list[GpuProcess]] = {}
     for number, item in enumerate(data.get("launches", [])):
-        launch = _launch(item, number, ran=ran, gpus=bare, models=models, now=now)
+        host = _host(data.get("host"))
+        launch = _launch(item, number, ran=ran, gpus=bare, models=models, now=now, host=host)
         launches.append(launch)
         for process, uuid in _held(item, launch):
             held.setdefault(uuid, []).append(process)
@@ -98,7 +101,23 @@ def world(data: Mapping[str, Any], ran: Desired, now: float) -> Observed:
         _filled(gpu, item, held.get(gpu.uuid, [])) for gpu, item in zip(bare, data.get("gpus", []), strict=True)
     )
     ports = tuple(Port(int(number), holder or "") for number, holder in data.get("ports", {}).items())
-    return Observed(gpus, tuple(launches), ports, models, _links(data.get("links", {})), data.get("gpu_note", ""))
+    return Observed(
+        gpus,
+        tuple(launches),
+        ports,
+        models,
+        _links(data.get("links", {})),
+        data.get("gpu_note", ""),
+        host_memory=_host(data.get("host")),
+    )
+
+
+def _host(text: str | None) -> HostMemory | None:
+    """``24GiB, 20GiB available``."""
+    if text is None:
+        return None
+    total, available = text.removesuffix(" available").split(", ")
+    return HostMemory(size_mib(total), size_mib(available))
 
 
 def _links(data: Mapping[str, list[list[int]]]) -> dict[frozenset[str], Link]:
@@ -159,7 +178,7 @@ def _stranger(text: str) -> GpuProcess:
 
 _LAUNCH_KEYS = {
     *("run", "gpu", "port", "state", "age", "ready", "stopping", "why", "exit", "ended", "failures", "restarts"),
-    *("memory", "holds", "id", "pid", "bind", "without", "with", "predecessor", "inner"),
+    *("memory", "holds", "id", "pid", "bind", "without", "with", "predecessor", "inner", "host", "host_holds"),
 }
 _LIFE = {"ready": Life.ALIVE, "loading": Life.ALIVE, "degraded": Life.ALIVE, "stopping": Life.ALIVE}
 
@@ -172,6 +191,7 @@ def _launch(
     gpus: tuple[Gpu, ...],
     models: Mapping[str, ModelFacts],
     now: float,
+    host: HostMemory | None,
 ) -> Launch:
     unknown = item.keys() - _LAUNCH_KEYS
     assert not unknown, f"launch: unknown keys {sorted(unknown)}"
@@ -181,6 +201,8 @@ def _launch(
     uuids = tuple(f"GPU-{gpu}" for gpu in _list(item.get("gpu", [])))
     there = [gpu for gpu in gpus if gpu.uuid in uuids]
     promised = promised_mib(engine.spec, there[0], Known(models.get(engine.spec.model or ""))) if there else 0
+    of_host = host_need(engine, models.get(engine.spec.model or ""), host).mib
+    of_host = size_mib(item["host"]) if "host" in item else of_host
     state = item.get("state", "ready")
     created = now - read_seconds(item.get("age", "1h"))
     launch_id = item.get("id", f"{name}-{index}-{number}")
@@ -211,6 +233,8 @@ def _launch(
         failures=item.get("failures", 0),
         predecessor=item.get("predecessor", ""),
         inner_ports=_range(item["inner"]) if "inner" in item else range(0),
+        host_memory_mib=of_host,
+        host_held_mib=size_mib(item["host_holds"]) if "host_holds" in item else 0,
     )
 
 
