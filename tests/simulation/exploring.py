@@ -194,6 +194,10 @@ def _chosen(text: str, share: float) -> bool:
 def explored(stories: Iterator[Story]) -> Tally:
     whole = Tally()
     for story in stories:
-        for tally in (*(crashes(story, way) for way in WAYS), faults(story), pairs(story)):
+        for tally in (
+            *(crashes(story, way) for way in WAYS if story.boots or way == "killed"),
+            faults(story),
+            pairs(story),
+        ):
             whole.add(tally)
     return whole

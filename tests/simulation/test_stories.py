@@ -42,7 +42,7 @@ def test_killed_at_every_effect_the_next_daemon_ends_in_the_same_place(story: St
     nothing_wrong(exploring.crashes(story))
 
 
-@every_story
+@pytest.mark.parametrize("story", [story for story in STORIES if story.boots], ids=lambda story: story.name)
 def test_without_power_from_any_effect_on_it_comes_up_again(story: Story) -> None:
     nothing_wrong(exploring.crashes(story, "power lost"))
 
