@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sage_reconcile.core.conditions import keep_since
 from sage_reconcile.core.guard import lasting_stops, too_many
 from sage_reconcile.core.observed import Life
 from sage_reconcile.core.report import lasting, status_document
@@ -214,14 +215,17 @@ class Daemon:
             return None
         self._log(result)
         document = status_document(self.content.desired, result.observed, result.plan, result.now)
+        keep_since(document, self._told or self.state.read_json("status.json"), result.now)
         self._tell({**lasting(document), "busy": bool(result.done or result.plan.waiting)})
         return result
 
     def _carried_out(self, passes: Passes) -> Pass | None:
         """A pass with what is offered, unless the guard holds it back; else with what is in force, if anything is."""
         content, word, self._word = self.content, self._word, None
-        tried: frozenset[str] | None = frozenset() if self._retry_now else None
-        self._retry_now = False
+        tried: frozenset[str] | None = None
+        if self._retry_now:
+            passes.host.records.release()  # what cannot be tried again in this very pass is so in a later one
+            tried, self._retry_now = frozenset(), False
         if word is not None:
             result = self._agreed(passes, word)
             if result is not None:

@@ -158,7 +158,7 @@ def nothing_moves(told: dict[str, Any], begun: float) -> bool:
     for engine in told["engines"]:
         for replica in engine["replicas"]:
             ended = (replica["exit"] or {}).get("at") or 0
-            failed = replica["phase"] == "BackOff" and ended >= begun
+            failed = replica["phase"] in ("BackOff", "Stalled") and ended >= begun
             if not (replica["phase"] in ("Ready", "Degraded") or failed or replica["unplaced"]):
                 return False
     return True

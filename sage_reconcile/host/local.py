@@ -220,6 +220,8 @@ class LocalHost:
             inner_ports=range(record.inner_port, record.inner_port + record.inner_count),
             kv_tokens=record.kv_tokens,
             host_memory_mib=record.host_memory_mib,
+            released=record.released,
+            answers_since=record.answers_since if record.answers == ready else None,
         )
 
     def _failure(self, record: Record, found: Found, desired: Desired) -> Failure | None:
@@ -229,8 +231,7 @@ class LocalHost:
         if record.ended:
             return learned.read_failure(record.failure)
         members = {member[0] for member in [record.leader, *record.members] if member}
-        engine = desired.engine(record.engine_name)
-        return learned.why_it_failed(record, found.exit_code, members, engine, self.environ)
+        return learned.why_it_failed(record, found.exit_code, members, desired.engine(record.engine_name), self.environ)
 
     def _track(self, records: Iterable[Record]) -> None:
         """Puts on record, now and then, who of ours left the session while its parent lives."""
@@ -248,7 +249,7 @@ class LocalHost:
 
     def _note(self, record: Record, found: Found, ready: bool, failure: Failure | None, now: float) -> None:
         """Puts on record what was learned: who the leader is, that it got ready, how and why it ended."""
-        before = (record.leader, record.ready_at, record.ended, record.members)
+        before = dataclasses.replace(record)
         if found.life is Life.ALIVE and not record.leader and found.leader is not None:
             full = processes.identify(found.leader.pid)
             if full is not None and full.start_ticks == found.leader.start_ticks:
@@ -262,7 +263,9 @@ class LocalHost:
             record.ended_at = found.ended_at or now
             record.failure = learned.failure_data(failure) if failure else {}
             shutil.rmtree(self.state.temporary(record.id), ignore_errors=True)
-        if before != (record.leader, record.ready_at, record.ended, record.members):
+        if record.answers != ready:
+            record.answers, record.answers_since = ready, now
+        if before != record:
             self.records.save(record)
 
     def watched(self) -> dict[tuple[str, int], ProcessId]:
