@@ -89,8 +89,7 @@ class LocalHost:
         self._children = [child for child in self._children if child.poll() is None]
         gpus, links, note = self._gpus(desired)
         holding = frozenset(process.pid for gpu in gpus for process in gpu.processes)
-        records, problems = self.records.load()
-        now = self.now()
+        (records, problems), now = self.records.load(), self.now()
         found = {record.id: observe.examine(record, self.records.run_file(record.id), holding) for record in records}
         if self.writes:
             records = [record for record in records if not self._undo(record, found[record.id])]
@@ -276,8 +275,8 @@ class LocalHost:
             if found.life is Life.ALIVE and found.leader is not None
         }
 
-    def carry_out(self, action: Action, desired: Desired) -> None:
-        """Does what the action says, and nothing else.
+    def carry_out(self, action: Action, desired: Desired) -> str:
+        """Does what the action says, and nothing else; returns the id of the launch that it was done to.
 
         Raises:
             PortTaken: another program has its port by now; nothing was done, and the next look tells of it.
@@ -285,13 +284,14 @@ class LocalHost:
             StateError: the intent could not be written; nothing was done.
         """
         if action.kind == "spawn":
-            self._spawn(action, desired)
-        elif action.kind == "stop":
+            return self._spawn(action, desired)
+        if action.kind == "stop":
             self._stop(action)
         else:
             self._kill(action.launch)
+        return action.launch
 
-    def _spawn(self, action: Action, desired: Desired) -> None:
+    def _spawn(self, action: Action, desired: Desired) -> str:
         name, _, index = action.replica.rpartition("/")
         engine = desired.engine(name)
         assert engine is not None, "check_plan lets no engine through that is not in the file"
@@ -351,6 +351,7 @@ class LocalHost:
             self.forget(launch_id)
             raise
         logs.prune(log.parent)
+        return launch_id
 
     def _environment(
         self, spec: EngineSpec, overlay: Mapping[str, str], action: Action, launch_id: str, desired: Desired
@@ -364,8 +365,7 @@ class LocalHost:
         if len(temporary) <= 70:  # a socket's path may have 107 bytes, and vLLM adds a name of 37
             environ["TMPDIR"] = environ["VLLM_RPC_BASE_PATH"] = temporary
         if spec.runtime == "simulator":
-            path = environ.get("PYTHONPATH")
-            environ["PYTHONPATH"] = os.pathsep.join([_PACKAGE_PARENT, path] if path else [_PACKAGE_PARENT])
+            environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_PACKAGE_PARENT, environ.get("PYTHONPATH"))))
             if desired.host.declared and action.gpus:
                 simulated_gpus.write_inventory(self.state.simulated_gpus, inventory(desired.host.declared))
                 environ["SAGE_RECONCILE_SIMULATED_GPUS"] = str(self.state.simulated_gpus)
@@ -373,8 +373,7 @@ class LocalHost:
 
     def _stop(self, action: Action) -> None:
         """SIGTERM, and only then the note that it was sent: after a crash between the two it is sent again."""
-        record = self.records.get(action.launch)
-        found = self._found.get(action.launch)
+        record, found = self.records.get(action.launch), self._found.get(action.launch)
         if record is None or found is None or found.leader is None:
             return
         record.members = observe.members(record, found.session, found.leader)
