@@ -187,7 +187,7 @@ class Daemon:
         finally:
             watcher.close()
             passes.close()
-            self.teller.tell(EventType.DAEMON_ENDED, "engines are left running", engines="left running")
+        self.teller.tell(EventType.DAEMON_ENDED, "engines are left running", engines="left running")
 
     def _stirred(self, passes: Passes) -> None:
         """Something happened near the file; most of it, in a busy folder, has nothing to do with it."""
