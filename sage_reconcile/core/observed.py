@@ -163,8 +163,9 @@ class Launch:
     inside; none where it is not vLLM, or was started before there were any. ``failure`` is why it ended, where nobody
     asked for that. ``held_mib`` is the most that the driver shows its processes to hold on one GPU now, ``kv_tokens``
     what its KV cache holds; None where it is not told. ``host_memory_mib`` is what it was promised of the host's
-    memory, all its processes together, ``host_held_mib`` what these hold of it, shared pages left out. ``released`` tells that a
-    person asked for another try since it failed. ``answers_since`` is when ``ready`` last changed, where that is on record.
+    memory, all its processes together, ``host_held_mib`` what these hold of it, shared pages left out.
+    ``released`` tells that a person asked for another try since it failed, ``answers_since`` when ``ready`` last
+    changed, where that is on record.
     """
 
     id: str

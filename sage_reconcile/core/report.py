@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sage_reconcile.core.conditions import Around, conditions
-from sage_reconcile.core.failure import Failure
 from sage_reconcile.core.gpu_report import gpu_rows, lasting_rows
 from sage_reconcile.core.lifecycle import Phase, StopCause, fault_note, gpu_faults, next_try, phase
 from sage_reconcile.core.memory_report import host_document, memory_document
@@ -290,7 +289,7 @@ def _replica(
         asked = f" ({launch.stop_cause})" if launch.stop_cause else ""
         row["reason"] = (f"ended: {launch.exit.text()}" if launch.exit else "ended") + asked
         if launch.failure is not None:
-            row["failure"] = _failure(launch.failure)
+            row["failure"] = launch.failure.document()
             row["reason"] = ": ".join(part for part in (row["reason"], launch.failure.summary()) if part)
         if state is Phase.BACKOFF:
             row["next_try_at"] = next_try(launch, now)
@@ -307,18 +306,6 @@ def _replica(
         "reason": "; ".join(part for part in (launch.stop_cause, faults) if part),
     }
     return row
-
-
-def _failure(failure: Failure) -> dict[str, Any]:
-    return {
-        "class": failure.kind.value,
-        "line": failure.line,
-        "fix": failure.fix,
-        "memory_mib": failure.memory_mib,
-        "kv_cache_mib": failure.kv_cache_mib,
-        "context_tokens": failure.context_tokens,
-        "can_recover": failure.can_recover,
-    }
 
 
 def _reachable(bind: str) -> str:

@@ -105,14 +105,9 @@ class LocalHost:
         if self.writes:
             self._track(records)
             for record in records:
-                seen = Seen(
-                    now=now,
-                    gpus=owned,
-                    ready=record.id in ready,
-                    failure=failures[record.id],
-                    metrics=self.prober.metrics(record.id) if self.prober else None,
-                    engine=desired.engine(record.engine_name),
-                )
+                metrics = self.prober.metrics(record.id) if self.prober else None
+                engine, failure = desired.engine(record.engine_name), failures[record.id]
+                seen = Seen(now, owned, ready=record.id in ready, failure=failure, metrics=metrics, engine=engine)
                 self._learned.take_in(record, seen)
                 self._note(record, found[record.id], record.id in ready, failures[record.id], now)
         launches = [
@@ -284,7 +279,11 @@ class LocalHost:
             StateError: the intent could not be written; nothing was done.
         """
         if action.kind == "spawn":
-            return self._spawn(action, desired)
+            try:
+                return self._spawn(action, desired)
+            except PortTaken:
+                self._found_bound.add(action.port)
+                raise
         if action.kind == "stop":
             self._stop(action)
         else:
@@ -295,11 +294,7 @@ class LocalHost:
         name, _, index = action.replica.rpartition("/")
         engine = desired.engine(name)
         assert engine is not None, "check_plan lets no engine through that is not in the file"
-        try:
-            ports.check_free(action.replica, desired.host.bind, action.port)
-        except PortTaken:
-            self._found_bound.add(action.port)
-            raise
+        ports.check_free(action.replica, desired.host.bind, action.port)
         launch_id, now = secrets.token_hex(4), self.now()
         log = self.state.log(name, int(index), now, launch_id)
         record = Record(
