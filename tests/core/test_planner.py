@@ -103,6 +103,14 @@ def test_a_person_who_applies_does_not_wait_for_a_back_off_but_tries_once() -> N
     assert not only(plan(failed, tried=frozenset({"chat/0"}))).now
 
 
+def test_what_stalled_holds_up_nobody_on_its_gpu() -> None:
+    file = FILE + "  code: {model: m, memory: 20GiB}\n"
+    bad = "run: chat/0, gpu: 0, port: 8000, state: exited, exit: 2, ended: 1s, failure: wrong flag"
+    stalled, other = plan(bad, file=file, ran=file).actions
+    assert (stalled.replica, stalled.stalled, stalled.now) == ("chat/0", True, False)
+    assert (other.replica, other.now) == ("code/0", True)
+
+
 def test_what_happened_to_leftovers_is_told() -> None:
     left = "run: chat/0, gpu: 0, port: 8000, state: leftover, ready: 5m, exit: 137, ended: 1s"
     reap, spawn = plan(left).actions
