@@ -13,6 +13,7 @@ The way of the data, in the order in which to read it::
     core/check.py      an independent judge of plans
     reconcile.py       one pass of all this, and the carrying out       (start reading here)
     in_force.py        which content of the file is in force: read, refused, held back, confirmed (core/guard.py)
+    telling.py         what happens, told to the log and to the events in the state folder (core/events.py)
     daemon.py          when a pass is due
     cli/               the commands
     control_plane.py   the same from Python

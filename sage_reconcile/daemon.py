@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sage_reconcile.core.conditions import keep_since
+from sage_reconcile.core.events import EventType
 from sage_reconcile.core.guard import lasting_stops, too_many
 from sage_reconcile.core.observed import Life
 from sage_reconcile.core.report import lasting, status_document
@@ -27,6 +29,7 @@ from sage_reconcile.host.state import StateFolder, Word, held_document
 from sage_reconcile.host.watch import ExitWatcher, FileWatcher
 from sage_reconcile.in_force import InForce
 from sage_reconcile.reconcile import Pass, run_pass
+from sage_reconcile.telling import Teller
 
 RESYNC_S = 30.0
 """A pass at least this often, for what no event tells (a GPU that filled up, a link that was changed elsewhere)."""
@@ -151,7 +154,8 @@ class Daemon:
         self.state = state
         self.environ = environ
         self.log = log
-        self.content = InForce(file, state, environ, log)
+        self.teller = Teller(state, "daemon", log)
+        self.content = InForce(file, state, environ, self.teller)
         self._asked = 0
         self._retry_now = False
         self._word: Word | None = None
@@ -171,7 +175,8 @@ class Daemon:
             loop.add_signal_handler(number, self._end, passes)
         loop.add_signal_handler(signal.SIGHUP, self._ask, passes)
         self.state.take_word()  # meant for a daemon that is no more
-        self.log.info("started", file=str(file), state=str(self.state.path), pid=os.getpid())
+        about = {"file": str(file), "state": str(self.state.path), "pid": os.getpid()}
+        self.teller.tell(EventType.DAEMON_STARTED, f"follows {file}", **about)
         self.content.restore()
         try:
             while not self._over:
@@ -182,7 +187,7 @@ class Daemon:
         finally:
             watcher.close()
             passes.close()
-            self.log.info("ended", engines="left running")
+        self.teller.tell(EventType.DAEMON_ENDED, "engines are left running", engines="left running")
 
     def _stirred(self, passes: Passes) -> None:
         """Something happened near the file; most of it, in a busy folder, has nothing to do with it."""
@@ -202,6 +207,7 @@ class Daemon:
         passes.wake()
 
     def _pass(self, passes: Passes) -> Pass | None:
+        self.teller.begin_pass()
         try:
             self.content.read()
             result = self._carried_out(passes)
@@ -214,14 +220,17 @@ class Daemon:
             return None
         self._log(result)
         document = status_document(self.content.desired, result.observed, result.plan, result.now)
+        keep_since(document, self._told or self.state.read_json("status.json"), result.now)
         self._tell({**lasting(document), "busy": bool(result.done or result.plan.waiting)})
         return result
 
     def _carried_out(self, passes: Passes) -> Pass | None:
         """A pass with what is offered, unless the guard holds it back; else with what is in force, if anything is."""
         content, word, self._word = self.content, self._word, None
-        tried: frozenset[str] | None = frozenset() if self._retry_now else None
-        self._retry_now = False
+        tried: frozenset[str] | None = None
+        if self._retry_now:
+            passes.host.records.release()  # what cannot be tried again in this very pass is so in a later one
+            tried, self._retry_now = frozenset(), False
         if word is not None:
             result = self._agreed(passes, word)
             if result is not None:
@@ -272,16 +281,7 @@ class Daemon:
         return result
 
     def _log(self, result: Pass) -> None:
-        for action in result.done:
-            self.log.info(
-                action.kind,
-                replica=action.replica,
-                cause=action.cause,
-                gpus=[gpu.index for gpu in action.gpus],
-                port=action.port,
-            )
-        for action, reason in result.failed:
-            self.log.error("action failed", kind=action.kind, replica=action.replica, reason=reason)
+        self.teller.tell_pass(result.observed, result.plan, result.now, result.done, result.failed)
         for reason in result.not_forgotten:
             self.log.error("record not dropped", reason=reason)
 
@@ -301,7 +301,6 @@ class Daemon:
         }
         if told == self._told and self._told_all:
             return
-        self._log_changes(told)
         self._told, self._told_all = told, False
         try:
             self.state.write_json("status.json", told)
@@ -309,18 +308,3 @@ class Daemon:
             self.log.error("status not written", error=str(error))  # noqa: TRY400 - nor here
         else:
             self._told_all = True
-
-    def _log_changes(self, told: dict[str, Any]) -> None:
-        before = phases(self._told)
-        for name, state in phases(told).items():
-            if before.get(name) != state:
-                self.log.info("phase", replica=name, phase=state[0], **({"reason": state[1]} if state[1] else {}))
-
-
-def phases(document: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Phase and reason of every replica in a status document."""
-    return {
-        replica["name"]: (replica["phase"], replica["reason"])
-        for engine in document.get("engines", ())
-        for replica in engine["replicas"]
-    }

@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from sage_reconcile.core.events import EventType
 from sage_reconcile.core.guard import Stops, held_text
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.errors import FileFaults, StateError
 from sage_reconcile.host import files
 from sage_reconcile.host.files import Loaded
 from sage_reconcile.host.state import Held, StateFolder
+from sage_reconcile.telling import Teller
 
 
 class InForce:
@@ -26,11 +27,12 @@ class InForce:
     where ``held`` is set it shall not be until a person confirms it. ``error`` says what is wrong with the file.
     """
 
-    def __init__(self, file: Path, state: StateFolder, environ: Mapping[str, str], log: Any) -> None:  # noqa: ANN401
+    def __init__(self, file: Path, state: StateFolder, environ: Mapping[str, str], teller: Teller) -> None:
         self.file = file
         self.state = state
         self.environ = environ
-        self.log = log
+        self.teller = teller
+        self.log = teller.log
         self.desired: Desired | None = None
         self.generation = 0
         self.offered: Loaded | None = None
@@ -76,7 +78,8 @@ class InForce:
             loaded = files.load(self.file, self.environ)
         except FileFaults as error:
             if self.error != str(error):
-                self.log.error("file refused", faults=str(error).splitlines(), kept=self.generation)  # noqa: TRY400 - no traceback is wanted
+                faults = str(error).splitlines()
+                self.teller.tell(EventType.FILE_REFUSED, faults[0], faults=faults, kept=self.generation)
             self.error = str(error)
             self.offered = self.held = None
             return
@@ -102,11 +105,15 @@ class InForce:
         Raises:
             StateError: it cannot be put on record; it is in force all the same.
         """
+        confirmed = self.held is not None
         loaded, self.offered, self.held = self.offered, None, None
         assert loaded is not None, "only what was offered is accepted"
         self.desired = loaded.desired
         self.generation = self.state.accept(self.file, loaded.desired.digest, loaded.text)
-        self.log.info("file accepted", generation=self.generation, engines=len(loaded.desired.engines))
+        count, number = len(loaded.desired.engines), self.generation
+        if confirmed:
+            self.teller.tell(EventType.FILE_CONFIRMED, "it was held back", generation=number)
+        self.teller.tell(EventType.FILE_ACCEPTED, f"generation {number}", generation=number, engines=count)
 
     def hold(self, stops: Stops, now: float) -> None:
         """Holds back what is offered; where that cannot be put on record, as long as this process lives."""
@@ -121,4 +128,5 @@ class InForce:
 
     def _tell(self, held: Held) -> None:
         why = held_text(held.replicas, held.running, held.guard)
-        self.log.error("file held back", reason=why, kept=self.generation, confirm="sage-reconcile apply")
+        confirm = "sage-reconcile apply"
+        self.teller.tell(EventType.FILE_HELD_BACK, why, reason=why, kept=self.generation, confirm=confirm)

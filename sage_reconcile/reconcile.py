@@ -28,8 +28,8 @@ class Host(Protocol):
     def observe(self, desired: Desired) -> Observed:
         """What is there now."""
 
-    def carry_out(self, action: Action, desired: Desired) -> None:
-        """Does one action; raises ``SpawnError`` or ``StateError`` where it cannot."""
+    def carry_out(self, action: Action, desired: Desired) -> str:
+        """Does one action; the id of the launch that it did it to. ``SpawnError`` or ``StateError`` where it cannot."""
 
     def forget(self, launch_id: str) -> None:
         """Drops the record of a launch that has ended; raises ``StateError`` where it cannot."""
@@ -110,12 +110,12 @@ def run_pass(
         if not action.now:
             continue
         try:
-            host.carry_out(action, desired)
+            launch_id = host.carry_out(action, desired)
         except (SpawnError, StateError) as error:
             failed.append((action, str(error)))
             untried |= {action.replica} if isinstance(error, PortTaken) else set()
         else:
-            done.append(action)
+            done.append(replace(action, launch=launch_id))
     not_forgotten: list[str] = []
     for launch_id in seen.plan.forget:
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sage_reconcile.cli import asking, rendering
+from sage_reconcile.core.conditions import keep_since
 from sage_reconcile.core.guard import held_text
 from sage_reconcile.core.host_spec import HostSpec
 from sage_reconcile.core.plan_text import plan_text
@@ -166,6 +167,7 @@ def read_status(path: Path, state: StateFolder) -> dict[str, Any]:
         "daemon": {"pid": holding.pid, "since": holding.since} if holding and holding.role == "daemon" else None,
         **status_document(desired, seen.observed, seen.plan, seen.now),
     }
+    keep_since(document, told, None)
     if holding is None and seen.plan.actions:
         document["notes"].append(
             "nobody reconciles now; what is left to do is done by `sage-reconcile apply`, or `run`"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sage_reconcile.cli import rendering
+from sage_reconcile.core.events import EventType
 from sage_reconcile.core.report import status_document
 from sage_reconcile.core.resolve import values_mark
 from sage_reconcile.core.spec import Desired
@@ -23,6 +24,7 @@ from sage_reconcile.errors import SageReconcileError, StalePlan
 from sage_reconcile.host import files, logs, processes
 from sage_reconcile.host.state import Holder, StateFolder, Word, this_process
 from sage_reconcile.reconcile import Pass
+from sage_reconcile.telling import Teller
 
 _LOG_LINES = 15
 _POLL_S = 0.05
@@ -53,12 +55,15 @@ def settle_here(state: StateFolder, shown: Shown, *, role: str = "apply") -> dic
         LockHeld: somebody else reconciles with this state folder.
     """
     state.take_lock(this_process(role, shown.path))
+    teller = Teller(state, role)
     progress = rendering.Progress()
     last: dict[str, Any] = {}
 
     def on_pass(result: Pass) -> None:
         nonlocal last
         last = status_document(shown.desired, result.observed, result.plan, result.now)
+        teller.tell_pass(result.observed, result.plan, result.now, result.done, result.failed)
+        teller.begin_pass()
         for action, reason in result.failed:
             rendering.error(f"{action.kind} {action.replica}: {reason}")
         progress.show(last)
@@ -67,7 +72,7 @@ def settle_here(state: StateFolder, shown: Shown, *, role: str = "apply") -> dic
         if seen.plan.mark() != shown.mark:
             return False
         if shown.text is not None:
-            state.accept(shown.path, shown.desired.digest, shown.text)
+            _accept(state, shown, shown.text, teller)
         return True
 
     try:
@@ -83,6 +88,14 @@ def settle_here(state: StateFolder, shown: Shown, *, role: str = "apply") -> dic
         for replica in engine["replicas"]:
             replica["next_try_at"] = None  # nobody is left who would try
     return last
+
+
+def _accept(state: StateFolder, shown: Shown, text: str, teller: Teller) -> None:
+    known = state.generation(shown.desired.digest)[1]
+    number = state.accept(shown.path, shown.desired.digest, text)
+    if not known:
+        count = len(shown.desired.engines)
+        teller.tell(EventType.FILE_ACCEPTED, f"generation {number}", generation=number, engines=count)
 
 
 async def _settled(
@@ -158,7 +171,7 @@ def nothing_moves(told: dict[str, Any], begun: float) -> bool:
     for engine in told["engines"]:
         for replica in engine["replicas"]:
             ended = (replica["exit"] or {}).get("at") or 0
-            failed = replica["phase"] == "BackOff" and ended >= begun
+            failed = replica["phase"] in ("BackOff", "Stalled") and ended >= begun
             if not (replica["phase"] in ("Ready", "Degraded") or failed or replica["unplaced"]):
                 return False
     return True

@@ -23,7 +23,7 @@ app = typer.Typer(
     name="sage-reconcile",
     help="Edit engines.yaml, and the inference engines on this machine follow.",
     epilog="Exit codes: 0 in sync, 1 error, 2 changes (diff), 3 something cannot be placed, 64 wrong usage, "
-    "75 someone else reconciles with this state folder.",
+    "75 someone else reconciles with this state folder, 124 the time of wait is over.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -223,6 +223,51 @@ def logs(
 
 
 @app.command()
+def events(
+    name: Annotated[str, typer.Argument(help="Only those of this engine or replica.", show_default=False)] = "",
+    *,
+    state_dir: State = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as more come.")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many of the last.")] = 100,
+    since: Annotated[
+        str | None, typer.Option("--since", help="Only those of the last 10m, 2h.", show_default=False)
+    ] = None,
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="text, or json: one a line.", metavar="text|json")
+    ] = "text",
+) -> None:
+    """Show what happened, to whom, and why: starts, failures, stops, files taken in or refused."""
+    from sage_reconcile.cli import events as what_happened
+
+    since_s = None if since is None else _seconds(since, "--since")
+    as_json = json_wanted(output)
+    raise Finished(what_happened.events(name, state_dir, since_s, lines=lines, follow=follow, as_json=as_json))
+
+
+@app.command()
+def wait(
+    name: Annotated[str, typer.Argument(help="An engine, or one of its replicas.", show_default=False)] = "",
+    *,
+    goal: Annotated[
+        str, typer.Option("--for", help="ready, stopped or deleted.", metavar="ready|stopped|deleted")
+    ] = "ready",
+    everything: Annotated[bool, typer.Option("--all", help="All engines.")] = False,
+    timeout: Annotated[str, typer.Option("--timeout", help="At most so long.")] = "10m",
+    file: File = None,
+    state_dir: State = None,
+) -> None:
+    """Wait until an engine is ready, or gone. Exits 0 then, 1 where it cannot become so, 124 when the time is over."""
+    from sage_reconcile.cli import awaiting
+    from sage_reconcile.core.awaiting import Goal
+
+    if bool(name) == everything:
+        raise typer.BadParameter("name one engine or replica, or give --all", param_hint="NAME")
+    if goal not in list(Goal):
+        raise typer.BadParameter(f"{goal!r} is none of ready, stopped, deleted", param_hint="--for")
+    raise Finished(awaiting.wait(file, state_dir, name, Goal(goal), _seconds(timeout, "--timeout")))
+
+
+@app.command()
 def explain(
     name: Annotated[str, typer.Argument(help="An engine, or one of its replicas such as chat/0.")],
     file: File = None,
@@ -241,6 +286,19 @@ def schema() -> None:
     from sage_reconcile.cli import commands
 
     raise Finished(commands.schema())
+
+
+def _seconds(text: str, option: str) -> float:
+    """The duration that is meant."""
+    from pydantic_core import PydanticCustomError
+
+    from sage_reconcile.core.units import read_seconds
+
+    try:
+        return read_seconds(text)
+    except PydanticCustomError as error:
+        told = error.context or {}
+        raise typer.BadParameter(f"{told['what']}; {told['fix']}", param_hint=option) from None
 
 
 def _declared(text: str, option: str = "--gpus") -> Sequence[Declared]:

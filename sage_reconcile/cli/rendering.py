@@ -14,7 +14,7 @@ from sage_reconcile.core.units import printable
 
 _COLOURS = {"+": "green", "-": "red", "~": "yellow", "!": "magenta"}
 _PHASES = {"Ready": "green", "Starting": "yellow", "Stopping": "yellow", "Pending": "magenta"}
-_PHASES |= {"BackOff": "red", "Degraded": "red"}
+_PHASES |= dict.fromkeys(("BackOff", "Stalled", "Degraded"), "red")
 
 _LIVE = {"utilization_percent": "%", "temperature_c": "C", "power_w": "W"}
 LOAD_HEADS = ("UTIL", "TEMP", "POWER")
@@ -128,6 +128,8 @@ def _measured(replica: Mapping[str, Any]) -> str:
 
 def _reason(replica: Mapping[str, Any], now: float) -> str:
     reason = str(replica["reason"])
+    if replica["phase"] == "Stalled":
+        reason += "; not tried again until its entry changes, or with `apply`"
     if replica["next_try_at"] is not None:
         reason += f"; next try in {max(0.0, replica['next_try_at'] - now):.0f}s"
     return reason
@@ -245,7 +247,7 @@ class Progress:
             words += f" at {replica['endpoint']}"
         if replica["phase"] == "Degraded" and replica["reason"]:
             words += f": {printable(replica['reason'])}"
-        if replica["phase"] in ("Pending", "BackOff"):
-            told = replica["reason"] and (replica["phase"] == "BackOff" or replica["unplaced"])
+        if replica["phase"] in ("Pending", "BackOff", "Stalled"):
+            told = replica["reason"] and (replica["phase"] != "Pending" or replica["unplaced"])
             words = f"{words}: {printable(replica['reason'])}" if told else ""
         return words

@@ -52,6 +52,18 @@ class Failure:
     context_tokens: int | None = None
     can_recover: bool = False
 
+    def document(self) -> dict[str, object]:
+        """What ``status -o json`` tells of it."""
+        return {
+            "class": self.kind.value,
+            "line": self.line,
+            "fix": self.fix,
+            "memory_mib": self.memory_mib,
+            "kv_cache_mib": self.kv_cache_mib,
+            "context_tokens": self.context_tokens,
+            "can_recover": self.can_recover,
+        }
+
     def summary(self) -> str:
         """``KV cache too small: write `memory: 21504MiB` …``: the class and the fix; the line where it has none.
 

@@ -164,6 +164,8 @@ class Launch:
     asked for that. ``held_mib`` is the most that the driver shows its processes to hold on one GPU now, ``kv_tokens``
     what its KV cache holds; None where it is not told. ``host_memory_mib`` is what it was promised of the host's
     memory, all its processes together, ``host_held_mib`` what these hold of it, shared pages left out.
+    ``released`` tells that a person asked for another try since it failed, ``answers_since`` when ``ready`` last
+    changed, where that is on record.
     """
 
     id: str
@@ -195,6 +197,8 @@ class Launch:
     kv_tokens: int | None = None
     host_memory_mib: int = 0
     host_held_mib: int = 0
+    released: bool = False
+    answers_since: float | None = None
 
     @property
     def replica(self) -> str:

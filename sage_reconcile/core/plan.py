@@ -30,8 +30,9 @@ class Action:
     ``launch`` is the id of the launch it acts on; a spawn has none yet, but ``predecessor`` where it takes over
     from a launch that ends when this one is ready. ``goes_to`` is where what is stopped is started again, where
     that is settled already. ``blocked`` says why it is never done on this machine: it has its place, and nothing
-    waits for it. ``inner_ports`` are for what vLLM opens inside. ``made_of`` is what ``memory_mib`` is made of, as far
-    as that is known, ``kv_bytes`` the size that vLLM's KV cache is given; 0 where it takes what is left.
+    waits for it. ``stalled`` tells that it waits for a person, since the last one failed for what lasts.
+    ``inner_ports`` are for what vLLM opens inside. ``made_of`` is what ``memory_mib`` is made of, as far as that is
+    known, ``kv_bytes`` the size that vLLM's KV cache is given; 0 where it takes what is left.
     ``host_memory_mib`` is promised of the host's memory; ``kv_space_gib`` is the KV cache that vLLM is told to take on
     each rank where it runs on the CPU.
     """
@@ -52,6 +53,7 @@ class Action:
     changes: tuple[Change, ...] = ()
     restarts: int = 0
     failures: int = 0
+    stalled: bool = False
     predecessor: str = ""
     goes_to: tuple[Gpu, ...] = ()
     blocked: str = ""
@@ -182,7 +184,7 @@ class Plan:
 _TOLD: dict[str, Any] = {
     **dict.fromkeys(("cause", "waits_for"), ""),
     **dict.fromkeys(("not_before", "made_of"), None),
-    **dict.fromkeys(("restarts", "failures"), 0),
+    **dict.fromkeys(("restarts", "failures", "stalled"), 0),
     **dict.fromkeys(("gpus", "goes_to"), ()),
 }
 

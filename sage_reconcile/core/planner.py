@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from sage_reconcile.core.gpu_maps import gpu_maps, host_map, not_back, once_back
 from sage_reconcile.core.lanes import Lanes
-from sage_reconcile.core.lifecycle import StopCause, failed, failures, how_it_failed, next_try
+from sage_reconcile.core.lifecycle import Retry, StopCause, after
 from sage_reconcile.core.making_room import MakingRoom, Room, as_move, in_order
 from sage_reconcile.core.observed import Launch, Life, Observed
 from sage_reconcile.core.placement import Placement, Refusal, Request, launch_gpus, place, promise_of
@@ -254,14 +254,17 @@ class _Planner:
         assert isinstance(result, tuple), "what is spawned has a place and ports"
         placement, lease = result
         keys = (replica, *lease.ports, *(gpu.uuid for gpu in placement.gpus))
-        cause, not_before, restarts, failed_before = self._history(request)
+        retry = self._history(request, placement)
         breakdown, kv_bytes = promise_of(request.engine, placement, self.observed)
         after, waiting = lanes.waits(keys, placement)
         if self.stranded and not request.returning:
             waiting = (*waiting, f"{', '.join(self.stranded)} to have a place again")
-        if not_before is not None:
-            waiting = (*waiting, f"its back-off ({failed_before} failed in a row)")
-        held_back = not_before is not None or (self.tried is not None and replica in self.tried)
+        if retry.not_before is not None:
+            waiting = (*waiting, f"its back-off ({retry.failures} failed in a row)")
+        if retry.stalled:
+            waiting = ("an edit of its entry, or `apply`, since it cannot get better by itself",)
+        tried = self.tried is not None and replica in self.tried
+        held_back = retry.stalled or retry.not_before is not None or tried
         if untold := self._untold(request.engine.name):
             waiting, held_back = (*waiting, untold), True
         if held_back and not waiting:
@@ -270,16 +273,17 @@ class _Planner:
             id=f"spawn {replica}",
             kind="spawn",
             replica=replica,
-            cause=cause,
+            cause=retry.cause,
             after=after,
             waits_for=", ".join(waiting),
-            not_before=not_before,
+            not_before=retry.not_before,
             gpus=placement.gpus,
             memory_mib=placement.memory_mib,
             port=lease.port,
             inner_ports=lease.inner_ports,
-            restarts=restarts,
-            failures=failed_before,
+            restarts=retry.restarts,
+            failures=retry.failures,
+            stalled=retry.stalled,
             predecessor=predecessor,
             blocked=placement.blocked,
             made_of=breakdown,
@@ -291,29 +295,21 @@ class _Planner:
             lanes.starts(action)
         return action
 
-    def _history(self, request: Request) -> tuple[str, float | None, int, int]:
-        """Cause, earliest time, restarts and failures of a start, from what became of the one before it."""
+    def _history(self, request: Request, placement: Placement) -> Retry:
+        """What a start has to know of what became of the one before it."""
         replica, standing = request.replica, self.standing
         if replica in standing.drifted:
-            return "its entry changed", None, 0, 0
+            return Retry("its entry changed")
         if replica in self.moving:
-            return f"makes room for {self.room_for}", None, self.moving[replica].restarts, 0
+            return Retry(f"makes room for {self.room_for}", restarts=self.moving[replica].restarts)
         if replica in self.displaced:
             launch, cause = self.displaced[replica]
-            return cause, None, launch.restarts, 0
+            return Retry(cause, restarts=launch.restarts)
         last = standing.history.get(replica)
-        cause = "wanted, and its last process is ending" if last and last.holds else "wanted, and not running"
         if last is None or standing.changes(request.engine, last):
-            return cause, None, 0, 0
-        if not failed(last):
-            return cause, None, last.restarts, 0
-        when = next_try(last, self.now) if self.tried is None else self.now
-        return (
-            f"it failed ({how_it_failed(last)})",
-            when if when > self.now else None,
-            last.restarts + 1,
-            failures(last),
-        )
+            return Retry("wanted, and its last process is ending" if last and last.holds else "wanted, and not running")
+        edited, asked = request.engine.record != last.spec, self.tried is not None
+        return after(last, placement.gpus, placement.memory_mib, self.now, edited=edited, asked=asked)
 
 
 def _refused(result: Placement | Refusal | tuple[Placement, Lease]) -> bool:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sage_reconcile.core.failure import Failure
+from sage_reconcile.core.conditions import Around, conditions
 from sage_reconcile.core.gpu_report import gpu_rows, lasting_rows
 from sage_reconcile.core.lifecycle import Phase, StopCause, fault_note, gpu_faults, next_try, phase
 from sage_reconcile.core.memory_report import host_document, memory_document
@@ -171,6 +171,9 @@ def _engine(
     refused = {item.replica: item.reason for item in plan.unplaced}
     refused |= {action.replica: action.blocked for action in plan.actions if action.blocked}
     reasons = {action.replica: _waiting(action) for action in plan.actions if action.kind == "spawn"} | refused
+    starts = {action.replica: action for action in plan.actions if action.kind == "spawn"}
+    replaced = {action.launch: action for action in plan.actions if action.stop_cause is StopCause.CHANGED}
+    runs_on = {item.replica for item in plan.unplaced if item.runs_on}
     moves = {
         action.launch: f"{action.cause}: {_waiting(action)}"
         for action in plan.actions
@@ -179,7 +182,9 @@ def _engine(
     replicas = []
     for name in names:
         launch = _current(launches.get(name, ()))
-        row = _replica(name, launch, observed, now, wanted=name in wanted)
+        start = starts.get(name)
+        afresh = start is not None and not start.failures
+        row = _replica(name, launch, observed, now, wanted=name in wanted, afresh=afresh)
         if row is not None:
             row["unplaced"] = name in refused and not plan.making_room
             if launch is not None and launch.holds and launch.gpus:
@@ -188,6 +193,10 @@ def _engine(
                 row["reason"] = "; ".join(part for part in (row["reason"], reasons.get(name)) if part)
             elif row["launch"] in moves:
                 row["reason"] = "; ".join(part for part in (row["reason"], moves[row["launch"]]) if part)
+            faults = gpu_faults(launch, observed) if launch and launch.holds else ""
+            ends = replaced.get(launch.id) if launch else None
+            around = Around(start, ends, refused.get(name, ""), runs_on=name in runs_on, faults=faults)
+            row["conditions"] = conditions(Phase(row["phase"]), row["reason"], launch, around)
             replicas.append(row)
     return {
         "name": engine.name,
@@ -207,6 +216,9 @@ def _gone(name: str, launches: dict[str, list[Launch]], observed: Observed, now:
     """An engine that is not in the file and of which something still runs."""
     rows = [_replica(r, _current(launches[r]), observed, now, wanted=False) for r in _names(name, launches)]
     model = next((x.spec.get("model") for r in _names(name, launches) for x in launches[r]), None)
+    for row in filter(None, rows):
+        launch = _current(launches[row["name"]])
+        row["conditions"] = conditions(Phase(row["phase"]), row["reason"], launch, Around())
     return {
         "name": name,
         "model": model,
@@ -236,12 +248,15 @@ def _current(launches: Sequence[Launch]) -> Launch | None:
 
 
 def _replica(
-    name: str, launch: Launch | None, observed: Observed, now: float, *, wanted: bool
+    name: str, launch: Launch | None, observed: Observed, now: float, *, wanted: bool, afresh: bool = False
 ) -> dict[str, Any] | None:
+    """``afresh``: its next start does not go by how the last one ended."""
     faults = gpu_faults(launch, observed) if launch and launch.holds else ""
     state = phase(launch, wanted=wanted, now=now, faults=faults)
     if state is None:
         return None
+    if afresh and state in (Phase.BACKOFF, Phase.STALLED):
+        state = Phase.PENDING
     row: dict[str, Any] = {
         "name": name,
         "phase": state.value,
@@ -274,7 +289,7 @@ def _replica(
         asked = f" ({launch.stop_cause})" if launch.stop_cause else ""
         row["reason"] = (f"ended: {launch.exit.text()}" if launch.exit else "ended") + asked
         if launch.failure is not None:
-            row["failure"] = _failure(launch.failure)
+            row["failure"] = launch.failure.document()
             row["reason"] = ": ".join(part for part in (row["reason"], launch.failure.summary()) if part)
         if state is Phase.BACKOFF:
             row["next_try_at"] = next_try(launch, now)
@@ -291,18 +306,6 @@ def _replica(
         "reason": "; ".join(part for part in (launch.stop_cause, faults) if part),
     }
     return row
-
-
-def _failure(failure: Failure) -> dict[str, Any]:
-    return {
-        "class": failure.kind.value,
-        "line": failure.line,
-        "fix": failure.fix,
-        "memory_mib": failure.memory_mib,
-        "kv_cache_mib": failure.kv_cache_mib,
-        "context_tokens": failure.context_tokens,
-        "can_recover": failure.can_recover,
-    }
 
 
 def _reachable(bind: str) -> str:

@@ -89,8 +89,7 @@ class LocalHost:
         self._children = [child for child in self._children if child.poll() is None]
         gpus, links, note = self._gpus(desired)
         holding = frozenset(process.pid for gpu in gpus for process in gpu.processes)
-        records, problems = self.records.load()
-        now = self.now()
+        (records, problems), now = self.records.load(), self.now()
         found = {record.id: observe.examine(record, self.records.run_file(record.id), holding) for record in records}
         if self.writes:
             records = [record for record in records if not self._undo(record, found[record.id])]
@@ -106,14 +105,9 @@ class LocalHost:
         if self.writes:
             self._track(records)
             for record in records:
-                seen = Seen(
-                    now=now,
-                    gpus=owned,
-                    ready=record.id in ready,
-                    failure=failures[record.id],
-                    metrics=self.prober.metrics(record.id) if self.prober else None,
-                    engine=desired.engine(record.engine_name),
-                )
+                metrics = self.prober.metrics(record.id) if self.prober else None
+                engine, failure = desired.engine(record.engine_name), failures[record.id]
+                seen = Seen(now, owned, ready=record.id in ready, failure=failure, metrics=metrics, engine=engine)
                 self._learned.take_in(record, seen)
                 self._note(record, found[record.id], record.id in ready, failures[record.id], now)
         launches = [
@@ -220,6 +214,8 @@ class LocalHost:
             inner_ports=range(record.inner_port, record.inner_port + record.inner_count),
             kv_tokens=record.kv_tokens,
             host_memory_mib=record.host_memory_mib,
+            released=record.released,
+            answers_since=record.answers_since if record.answers == ready else None,
         )
 
     def _failure(self, record: Record, found: Found, desired: Desired) -> Failure | None:
@@ -229,8 +225,7 @@ class LocalHost:
         if record.ended:
             return learned.read_failure(record.failure)
         members = {member[0] for member in [record.leader, *record.members] if member}
-        engine = desired.engine(record.engine_name)
-        return learned.why_it_failed(record, found.exit_code, members, engine, self.environ)
+        return learned.why_it_failed(record, found.exit_code, members, desired.engine(record.engine_name), self.environ)
 
     def _track(self, records: Iterable[Record]) -> None:
         """Puts on record, now and then, who of ours left the session while its parent lives."""
@@ -248,7 +243,7 @@ class LocalHost:
 
     def _note(self, record: Record, found: Found, ready: bool, failure: Failure | None, now: float) -> None:
         """Puts on record what was learned: who the leader is, that it got ready, how and why it ended."""
-        before = (record.leader, record.ready_at, record.ended, record.members)
+        before = dataclasses.replace(record)
         if found.life is Life.ALIVE and not record.leader and found.leader is not None:
             full = processes.identify(found.leader.pid)
             if full is not None and full.start_ticks == found.leader.start_ticks:
@@ -262,7 +257,9 @@ class LocalHost:
             record.ended_at = found.ended_at or now
             record.failure = learned.failure_data(failure) if failure else {}
             shutil.rmtree(self.state.temporary(record.id), ignore_errors=True)
-        if before != (record.leader, record.ready_at, record.ended, record.members):
+        if record.answers != ready:
+            record.answers, record.answers_since = ready, now
+        if before != record:
             self.records.save(record)
 
     def watched(self) -> dict[tuple[str, int], ProcessId]:
@@ -273,8 +270,8 @@ class LocalHost:
             if found.life is Life.ALIVE and found.leader is not None
         }
 
-    def carry_out(self, action: Action, desired: Desired) -> None:
-        """Does what the action says, and nothing else.
+    def carry_out(self, action: Action, desired: Desired) -> str:
+        """Does what the action says, and nothing else; returns the id of the launch that it was done to.
 
         Raises:
             PortTaken: another program has its port by now; nothing was done, and the next look tells of it.
@@ -282,21 +279,22 @@ class LocalHost:
             StateError: the intent could not be written; nothing was done.
         """
         if action.kind == "spawn":
-            self._spawn(action, desired)
-        elif action.kind == "stop":
+            try:
+                return self._spawn(action, desired)
+            except PortTaken:
+                self._found_bound.add(action.port)
+                raise
+        if action.kind == "stop":
             self._stop(action)
         else:
             self._kill(action.launch)
+        return action.launch
 
-    def _spawn(self, action: Action, desired: Desired) -> None:
+    def _spawn(self, action: Action, desired: Desired) -> str:
         name, _, index = action.replica.rpartition("/")
         engine = desired.engine(name)
         assert engine is not None, "check_plan lets no engine through that is not in the file"
-        try:
-            ports.check_free(action.replica, desired.host.bind, action.port)
-        except PortTaken:
-            self._found_bound.add(action.port)
-            raise
+        ports.check_free(action.replica, desired.host.bind, action.port)
         launch_id, now = secrets.token_hex(4), self.now()
         log = self.state.log(name, int(index), now, launch_id)
         record = Record(
@@ -348,6 +346,7 @@ class LocalHost:
             self.forget(launch_id)
             raise
         logs.prune(log.parent)
+        return launch_id
 
     def _environment(
         self, spec: EngineSpec, overlay: Mapping[str, str], action: Action, launch_id: str, desired: Desired
@@ -361,8 +360,7 @@ class LocalHost:
         if len(temporary) <= 70:  # a socket's path may have 107 bytes, and vLLM adds a name of 37
             environ["TMPDIR"] = environ["VLLM_RPC_BASE_PATH"] = temporary
         if spec.runtime == "simulator":
-            path = environ.get("PYTHONPATH")
-            environ["PYTHONPATH"] = os.pathsep.join([_PACKAGE_PARENT, path] if path else [_PACKAGE_PARENT])
+            environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_PACKAGE_PARENT, environ.get("PYTHONPATH"))))
             if desired.host.declared and action.gpus:
                 simulated_gpus.write_inventory(self.state.simulated_gpus, inventory(desired.host.declared))
                 environ["SAGE_RECONCILE_SIMULATED_GPUS"] = str(self.state.simulated_gpus)
@@ -370,8 +368,7 @@ class LocalHost:
 
     def _stop(self, action: Action) -> None:
         """SIGTERM, and only then the note that it was sent: after a crash between the two it is sent again."""
-        record = self.records.get(action.launch)
-        found = self._found.get(action.launch)
+        record, found = self.records.get(action.launch), self._found.get(action.launch)
         if record is None or found is None or found.leader is None:
             return
         record.members = observe.members(record, found.session, found.leader)

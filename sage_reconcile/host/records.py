@@ -30,6 +30,8 @@ class Record:
     seen when it got ready, in the same form. ``inner_count`` ports from ``inner_port`` on are its inner ones.
     ``failure`` is why it failed, ``kv_tokens`` what its KV cache holds, ``oom_kills`` how many processes the kernel
     had killed for want of memory in our cgroup when it was started, ``kv_bytes`` the size that its KV cache was given.
+    ``released`` tells that a person asked for another try since it failed; ``answers`` whether it was ready when last
+    looked at, ``answers_since`` since when.
     """
 
     id: str
@@ -64,6 +66,9 @@ class Record:
     oom_kills: int = 0
     kv_bytes: int = 0
     host_memory_mib: int = 0
+    released: bool = False
+    answers: bool = False
+    answers_since: float | None = None
 
 
 _REQUIRED = {"id", "engine_name", "index", "spec", "gpus", "memory_mib", "port"}
@@ -73,9 +78,9 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("inner_port", "inner_count", "oom_kills", "kv_bytes", "host_memory_mib"), (int,)),
     **dict.fromkeys(("spec", "secret_marks", "failure"), (dict,)),
     **dict.fromkeys(("gpus", "leader", "members", "destination"), (list,)),
-    **dict.fromkeys(("ready_at", "stopping_since", "ended_at"), (int, float, type(None))),
+    **dict.fromkeys(("ready_at", "stopping_since", "ended_at", "answers_since"), (int, float, type(None))),
     "created_at": (int, float),
-    "ended": (bool,),
+    **dict.fromkeys(("ended", "released", "answers"), (bool,)),
     **dict.fromkeys(("exit_code", "kv_tokens"), (int, type(None))),
 }
 
@@ -153,6 +158,17 @@ class Records:
             StateError: it cannot be written.
         """
         write_atomically(self.folder / f"{record.id}.json", json.dumps(asdict(record)))
+
+    def release(self) -> None:
+        """Takes note that a person asks for another try of all that has ended.
+
+        Raises:
+            StateError: a record cannot be written.
+        """
+        for record in self.load()[0]:
+            if record.ended and not record.released:
+                record.released = True
+                self.save(record)
 
     def drop(self, launch_id: str) -> None:
         """Forgets a launch that has ended; the record goes last, so that a crash leaves nothing without one.

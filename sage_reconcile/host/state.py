@@ -4,6 +4,7 @@
 
     lock              held by the one who reconciles; says who that is
     agreed.json       word for the daemon of the plan to which a person agreed, until it has read it
+    events.jsonl      what happened, and events.1.jsonl before it   (journal.py)
     generation.json   how often the file has changed, and its digest
     held.json         the content of the file that the daemon holds back until a person confirms it
     last-good.yaml    the last content of the file that was valid
@@ -116,6 +117,11 @@ class StateFolder:
     def measured(self) -> Path:
         """Where it is kept what past starts took."""
         return self.path / "measured.json"
+
+    @property
+    def events(self) -> Path:
+        """Where it is kept what happened."""
+        return self.path / "events.jsonl"
 
     @property
     def simulated_gpus(self) -> Path:

@@ -9,7 +9,9 @@ import pytest
 from sage_reconcile.core.failure import Failure, FailureKind
 from sage_reconcile.core.lifecycle import (
     Phase,
+    Retry,
     StopCause,
+    after,
     delay_s,
     failed,
     failures,
@@ -18,6 +20,7 @@ from sage_reconcile.core.lifecycle import (
     how_it_failed,
     next_try,
     phase,
+    stalled,
     stop_deadline,
 )
 from sage_reconcile.core.observed import Exit, Gpu, Launch, Life, Observed
@@ -93,7 +96,7 @@ def test_a_replica_that_cannot_be_proven_ours_is_unknown_wanted_or_not() -> None
 
 def test_a_start_that_fails_is_in_back_off_until_its_next_try() -> None:
     launch = ended(LOADING, NOW + 30)
-    assert phase(launch, wanted=True, now=NOW + 39.9) is Phase.BACKOFF
+    assert phase(launch, wanted=True, now=NOW + 37.9) is Phase.BACKOFF
     assert phase(launch, wanted=True, now=NOW + 40) is Phase.PENDING
     assert phase(launch, wanted=False, now=NOW + 31) is None
 
@@ -133,7 +136,19 @@ def test_the_story_of_a_replica_that_never_starts() -> None:
         launch = ended(replace(LOADING, created_at=now, failures=before), now + 5)
         waits.append(next_try(launch, now + 5) - (now + 5))
         before, now = failures(launch), next_try(launch, now + 5)
-    assert waits == [10, 20, 40, 80, 160, 300, 300]
+    for wait, longest in zip(waits, (10, 20, 40, 80, 160, 300, 300), strict=True):
+        assert 0.8 * longest <= wait <= longest
+
+
+def test_what_failed_together_is_not_tried_again_together_and_each_look_says_the_same() -> None:
+    launches = [ended(replace(LOADING, id=f"{number:x}"), NOW) for number in range(200)]
+    times = [next_try(launch, NOW) for launch in launches]
+    assert times == [next_try(launch, NOW + 3) for launch in launches]
+    assert len(set(times)) == 200
+    assert min(times) < NOW + 8.1
+    assert NOW + 9.9 < max(times) <= NOW + 10
+    again = replace(launches[0], created_at=NOW - 1)
+    assert next_try(again, NOW) != times[0], "its place among the others is not for ever"
 
 
 def test_ten_steady_minutes_forget_the_failures_before() -> None:
@@ -145,16 +160,16 @@ def test_ten_steady_minutes_forget_the_failures_before() -> None:
 
 def test_the_wait_counts_from_the_end_not_from_when_it_was_seen() -> None:
     launch = ended(LOADING, NOW + 30)
-    assert next_try(launch, NOW + 31) == next_try(launch, NOW + 39) == NOW + 40
+    assert NOW + 38 <= next_try(launch, NOW + 31) == next_try(launch, NOW + 39) <= NOW + 40
 
 
 def test_an_end_nobody_saw_counts_from_the_start() -> None:
-    assert next_try(ended(LOADING, None, None), NOW + 3600) == NOW + 10
-    assert next_try(replace(LOADING, life=Life.EXITED), NOW + 3600) == NOW + 10
+    assert NOW + 8 <= next_try(ended(LOADING, None, None), NOW + 3600) <= NOW + 10
+    assert NOW + 8 <= next_try(replace(LOADING, life=Life.EXITED), NOW + 3600) <= NOW + 10
 
 
 def test_what_has_not_ended_yet_waits_from_now_on() -> None:
-    assert next_try(LOADING, NOW + 3600) == NOW + 3610
+    assert NOW + 3608 <= next_try(LOADING, NOW + 3600) <= NOW + 3610
 
 
 def test_a_clock_set_back_by_years_does_not_put_the_next_try_off() -> None:
@@ -166,8 +181,8 @@ def test_a_clock_set_back_by_years_does_not_put_the_next_try_off() -> None:
 
 def test_a_clock_set_back_a_little_still_waits_but_never_twice_its_delay() -> None:
     launch = ended(LOADING, NOW)
-    assert next_try(launch, NOW - 5) == NOW + 10
-    assert next_try(launch, NOW - 10) == NOW + 10
+    assert NOW + 8 <= next_try(launch, NOW - 5) <= NOW + 10
+    assert next_try(launch, NOW - 11) == NOW - 11
 
 
 def test_a_stopping_replica_has_its_full_time_if_it_ever_served() -> None:
@@ -189,6 +204,61 @@ def test_how_it_failed_names_the_class_where_it_is_known() -> None:
     assert how_it_failed(ended(LOADING, NOW)) == "exit 1"
     killed = ended(LOADING, NOW, 137, failure=Failure(FailureKind.KILLED))
     assert how_it_failed(killed) == "killed by signal 9"
+
+
+FLAG = Failure(FailureKind.WRONG_FLAG, "unrecognized arguments: --x", "this vLLM has no flag `x`")
+GPUS = (Gpu("GPU-0", 0, "H100", "", 1),)
+OTHERS = (Gpu("GPU-1", 1, "H100", "", 1),)
+
+
+def what_follows(
+    last: Launch, gpus: tuple[Gpu, ...] = GPUS, mib: int = 1024, *, edited: bool = False, asked: bool = False
+) -> Retry:
+    return after(last, gpus, mib, NOW, edited=edited, asked=asked)
+
+
+def test_what_cannot_get_better_by_itself_stalls_at_once_for_ever_and_on_every_gpu() -> None:
+    bad = ended(LOADING, NOW, 2, failure=FLAG)
+    for now in (NOW, NOW + 1e6):
+        assert phase(bad, wanted=True, now=now) is Phase.STALLED
+    for gpus in (GPUS, OTHERS, ()):
+        assert what_follows(bad, gpus) == Retry("it failed (exit 2, wrong flag)", None, 1, 1, stalled=True)
+
+
+def test_an_edit_of_anything_in_its_entry_or_a_person_releases_what_stalled() -> None:
+    bad = ended(LOADING, NOW, 2, failure=FLAG)
+    assert what_follows(bad, edited=True) == Retry("it failed (exit 2, wrong flag)", None, 1)
+    assert what_follows(bad, asked=True) == Retry("it failed (exit 2, wrong flag)", None, 1, 1)
+    released = replace(bad, released=True)
+    assert what_follows(released) == Retry("it failed (exit 2, wrong flag)", None, 1, 1)
+    assert phase(released, wanted=True, now=NOW) is Phase.PENDING
+
+
+def test_what_may_get_better_or_has_been_ready_or_was_asked_to_end_does_not_stall() -> None:
+    may = replace(FLAG, can_recover=True)
+    assert not stalled(ended(LOADING, NOW, failure=may))
+    assert not stalled(ended(LOADING, NOW))
+    assert not stalled(ended(READY, NOW, failure=FLAG))
+    assert not stalled(ended(LOADING, NOW, failure=FLAG, stop_cause=StopCause.REMOVED))
+    assert not stalled(replace(LOADING, failure=FLAG))
+    assert what_follows(ended(LOADING, NOW, failures=40, failure=may)).not_before
+
+
+def test_back_off_belongs_to_its_gpus() -> None:
+    late = ended(LOADING, NOW, failures=4, restarts=4)
+    assert what_follows(late).failures == 5
+    assert what_follows(late).not_before == next_try(late, NOW)
+    assert what_follows(late, OTHERS) == Retry("it failed (exit 1)", None, 5)
+    assert what_follows(late, (*GPUS, *OTHERS)).not_before is None
+    assert what_follows(late, asked=True) == Retry("it failed (exit 1)", None, 5, 5)
+
+
+def test_what_wanted_memory_is_tried_again_with_more_and_a_wrong_flag_is_not() -> None:
+    small = ended(LOADING, NOW, failure=Failure(FailureKind.KV_CACHE_TOO_SMALL))
+    assert what_follows(small).stalled
+    assert what_follows(small, mib=1023).stalled
+    assert what_follows(small, mib=1025) == Retry("it failed (exit 1, KV cache too small)", None, 1)
+    assert what_follows(ended(LOADING, NOW, failure=FLAG), mib=1025).stalled
 
 
 def test_ends_are_told_as_shells_tell_them() -> None:

@@ -66,7 +66,8 @@ def test_a_first_start_begins_to_count() -> None:
 
 def test_a_start_after_a_failure_counts_on() -> None:
     action = only(plan("run: chat/0, gpu: 0, port: 8000, state: exited, exit: 1, ended: 5s, restarts: 4, failures: 2"))
-    assert (action.restarts, action.failures, action.not_before) == (5, 3, NOW + 35)
+    assert (action.restarts, action.failures) == (5, 3)
+    assert NOW + 27 <= (action.not_before or 0) <= NOW + 35
     assert action.cause == "it failed (exit 1)"
 
 
@@ -87,10 +88,12 @@ def test_an_edited_entry_begins_anew() -> None:
 def test_a_start_that_took_too_long_counts_as_a_failure_from_when_it_is_stopped() -> None:
     stop, spawn = plan("run: chat/0, gpu: 0, port: 8000, state: loading, age: 11m, failures: 1").actions
     assert stop.cause == "not ready after 600s (`startup_timeout`)"
-    assert (spawn.cause, spawn.failures, spawn.not_before) == ("it failed (not ready in time)", 2, NOW + 20)
+    assert (spawn.cause, spawn.failures) == ("it failed (not ready in time)", 2)
+    assert NOW + 16 <= (spawn.not_before or 0) <= NOW + 20
     stopping = "run: chat/0, gpu: 0, port: 8000, state: stopping, stopping: 9s, age: 11m, why: STARTUP_TIMEOUT"
     kill, spawn = plan(stopping).actions
-    assert (kill.kind, spawn.failures, spawn.not_before) == ("kill", 1, NOW + 10)
+    assert (kill.kind, spawn.failures) == ("kill", 1)
+    assert NOW + 8 <= (spawn.not_before or 0) <= NOW + 10
 
 
 def test_a_person_who_applies_does_not_wait_for_a_back_off_but_tries_once() -> None:
@@ -98,6 +101,14 @@ def test_a_person_who_applies_does_not_wait_for_a_back_off_but_tries_once() -> N
     again = only(plan(failed, tried=frozenset()))
     assert (again.now, again.not_before, again.failures) == (True, None, 4)
     assert not only(plan(failed, tried=frozenset({"chat/0"}))).now
+
+
+def test_what_stalled_holds_up_nobody_on_its_gpu() -> None:
+    file = FILE + "  code: {model: m, memory: 20GiB}\n"
+    bad = "run: chat/0, gpu: 0, port: 8000, state: exited, exit: 2, ended: 1s, failure: wrong flag"
+    stalled, other = plan(bad, file=file, ran=file).actions
+    assert (stalled.replica, stalled.stalled, stalled.now) == ("chat/0", True, False)
+    assert (other.replica, other.now) == ("code/0", True)
 
 
 def test_what_happened_to_leftovers_is_told() -> None:

@@ -168,7 +168,7 @@ def test_a_failure_tells_its_class_its_line_and_what_to_do() -> None:
     observed = machine(FINE, FINE, FINE, launches=launches)
     why = Failure(FailureKind.KV_CACHE_TOO_SMALL, "the line", "write `memory: 50000MiB`", 50000, 3000, 4096)
     document, rows = status(replace(observed, launches=(replace(observed.launches[0], failure=why),)))
-    assert rows["chat/0"] == ("BackOff", "ended: exit 1: KV cache too small: write `memory: 50000MiB`")
+    assert rows["chat/0"] == ("Stalled", "ended: exit 1: KV cache too small: write `memory: 50000MiB`")
     [row] = document["engines"][0]["replicas"]
     assert row["failure"] == {
         "class": "KV cache too small",

@@ -108,7 +108,7 @@ def test_what_has_no_place_is_refused_in_numbers_and_the_rest_runs(box: Box) -> 
 def test_an_engine_that_cannot_start_ends_apply_with_its_log(box: Box) -> None:
     box.write(f"bad: {{{SIMULATED}, args: {{simulate-fail: load}}}}\nchat: {{{SIMULATED}}}")
     text = box.run("apply", "--yes", expect=1)
-    assert "bad/0 is BackOff" in text
+    assert "bad/0 is Stalled" in text
     assert "Engine core initialization failed" in text
     assert set(box.ready()) == {"chat/0"}
     assert not box.json("diff", expect=2)["in_sync"]

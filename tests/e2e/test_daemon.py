@@ -97,7 +97,7 @@ def test_an_engine_that_dies_is_started_again_without_leftovers(box: Box) -> Non
 
 
 def test_a_crash_loop_does_not_spin(box: Box) -> None:
-    box.write(f"bad: {{{SIMULATED}, args: {{simulate-fail: load}}}}")
+    box.write(f"bad: {{{SIMULATED}, args: {{simulate-fail: oom}}}}")
     box.start_daemon()
     box.until("it failed", lambda: events(box, "spawn") and box.replicas()["bad/0"]["phase"] == "BackOff")
     time.sleep(3)
@@ -158,7 +158,7 @@ def test_apply_has_the_daemon_do_the_work_and_follows_it(box: Box) -> None:
     assert set(box.ready()) == {"chat/0", "code/0"}
     box.write(f"{TWO}\nbad: {{{SIMULATED}, args: {{simulate-fail: load}}}}")
     text = box.run("apply", "--yes", expect=1)
-    assert "bad/0 is BackOff" in text
+    assert "bad/0 is Stalled" in text
     assert "Engine core initialization failed" in text
 
 

@@ -84,7 +84,7 @@ def test_a_start_that_cannot_fit_says_the_number_that_would_and_it_does(box: Box
     assert (told["class"], told["can_recover"]) == ("KV cache too small", False)
     fix = f"write `memory: {told['memory_mib']}MiB`, or `max-model-len: {told['context_tokens']}` in `args`"
     assert told["fix"] == fix
-    assert f"chat/0 is BackOff: ended: exit 1: KV cache too small: {fix}" in text
+    assert f"chat/0 is Stalled: ended: exit 1: KV cache too small: {fix}" in text
     assert "To serve at least one request with the model's max seq len (8192)" in text
     assert told["line"].startswith("To serve at least one request")
     assert fix in box.run("status")

@@ -103,7 +103,7 @@ def test_a_bad_flag_ends_apply_with_vllms_own_words(box: Box, python: Path) -> N
     model = vllm_cpu.tiny_model(box.folder / "model")
     box.write(entry(python, model, ", max-modellen: 8"), host="gpus: none")
     text = box.run("apply", "--yes", expect=1)
-    assert "tiny/0 is BackOff: ended: exit 2: wrong flag: this vLLM has no flag `max-modellen` (in `args`)" in text
+    assert "tiny/0 is Stalled: ended: exit 2: wrong flag: this vLLM has no flag `max-modellen` (in `args`)" in text
     assert "did you mean `max-model-len`?" in text
     assert "unrecognized arguments: --max-modellen" in text
     assert not box.processes()

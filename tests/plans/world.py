@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from sage_reconcile.core.declared import declared_gpus, declared_links
+from sage_reconcile.core.failure import LASTING, Failure, FailureKind
 from sage_reconcile.core.host_needs import host_need
 from sage_reconcile.core.lifecycle import StopCause
 from sage_reconcile.core.model_config import read_model_config
@@ -179,6 +180,7 @@ def _stranger(text: str) -> GpuProcess:
 _LAUNCH_KEYS = {
     *("run", "gpu", "port", "state", "age", "ready", "stopping", "why", "exit", "ended", "failures", "restarts"),
     *("memory", "holds", "id", "pid", "bind", "without", "with", "predecessor", "inner", "host", "host_holds"),
+    *("failure", "released"),
 }
 _LIFE = {"ready": Life.ALIVE, "loading": Life.ALIVE, "degraded": Life.ALIVE, "stopping": Life.ALIVE}
 
@@ -235,7 +237,13 @@ def _launch(
         inner_ports=_range(item["inner"]) if "inner" in item else range(0),
         host_memory_mib=of_host,
         host_held_mib=size_mib(item["host_holds"]) if "host_holds" in item else 0,
+        failure=_failure(item["failure"]) if "failure" in item else None,
+        released=item.get("released", False),
     )
+
+
+def _failure(kind: str) -> Failure:
+    return Failure(FailureKind(kind), can_recover=FailureKind(kind) not in LASTING)
 
 
 def _range(text: str) -> range:

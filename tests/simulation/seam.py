@@ -19,10 +19,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from sage_reconcile import daemon
+from sage_reconcile import daemon, telling
 from sage_reconcile.host import (
     documents,
     files,
+    journal,
     learned,
     local,
     logs,
@@ -265,6 +266,8 @@ def installed() -> Iterator[None]:
         (learned, {"time": clock, "Path": SimulatedPath}),
         (oom, {"kills": lambda: 0, "killed": lambda pids, since_s: ""}),
         (logs, {"os": OS}),
+        (journal, {"os": OS}),
+        (telling, {"os": OS, "time": clock}),
         (watch, {"os": OS}),
         (daemon, {"os": OS, "time": clock, "FileWatcher": SimulatedFileWatcher}),
     ]
