@@ -119,6 +119,19 @@ def run(file: File = None, state_dir: State = None) -> None:
 
 
 @app.command()
+def reload(
+    state_dir: State = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Return when the pass is over; exit 1 if the file was refused or held back.")
+    ] = False,
+) -> None:
+    """Have the daemon read the file again now, and retry what waits for another try."""
+    from sage_reconcile.cli import commands
+
+    raise Finished(commands.reload(state_dir, wait=wait))
+
+
+@app.command()
 def status(
     file: File = None,
     state_dir: State = None,
