@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from sage_reconcile import __version__
-from sage_reconcile.cli import engine
+from sage_reconcile.cli import engine, systemd
 from sage_reconcile.cli.options import AllowMoves, File, Finished, Output, State, Yes, json_wanted
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-
 app.add_typer(engine.app, name="engine")
+app.add_typer(systemd.app, name="systemd")
 
 
 def _version(value: bool) -> None:
