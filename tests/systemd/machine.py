@@ -60,9 +60,9 @@ def _cgroups() -> Path:
 class Machine:
     """A booted systemd; commands run inside, and all of it ends with ``close``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *also_shown: Path) -> None:
         self._folder = folder
-        shown = {str(REPOSITORY), sys.prefix, sys.base_prefix} - {"/usr"}
+        shown = {str(REPOSITORY), sys.prefix, sys.base_prefix, *map(str, also_shown)} - {"/usr"}
         with (folder / "boot.log").open("wb") as log:
             self._boot = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "TERM", BOOT, folder, HERE / "units", *sorted(shown)],
@@ -126,9 +126,10 @@ class Machine:
         rows = [row for engine in json.loads(text)["engines"] for row in engine["replicas"]]
         return {row["name"]: row["pid"] for row in rows if row["phase"] == "Ready"}
 
-    def all_ready(self, count: int) -> dict[str, int]:
+    def all_ready(self, count: int, deadline_s: float = _DEADLINE_S) -> dict[str, int]:
         """The same, once there are so many."""
-        self.until(f"{count} are ready", lambda: self.show("StatusText").startswith(f"{count} of {count} "))
+        wanted = f"{count} of {count} "
+        self.until(f"{count} are ready", lambda: self.show("StatusText").startswith(wanted), deadline_s)
         ready = self.ready()
         assert len(ready) == count
         return ready
@@ -144,9 +145,9 @@ class Machine:
         """Those of one kind."""
         return [line for line in self.journal() if line["event"] == name]
 
-    def until(self, what: str, holds: Callable[[], Any]) -> Any:
+    def until(self, what: str, holds: Callable[[], Any], deadline_s: float = _DEADLINE_S) -> Any:
         """Waits until something holds; fails with the state of the service where it never does."""
-        end = time.monotonic() + _DEADLINE_S
+        end = time.monotonic() + deadline_s
         while time.monotonic() < end:
             if answer := holds():
                 return answer
@@ -165,10 +166,10 @@ class Machine:
 
 
 @contextlib.contextmanager
-def machine() -> Iterator[Machine]:
-    """A machine for one test."""
+def machine(*also_shown: Path) -> Iterator[Machine]:
+    """A machine for one test, which sees these folders too."""
     with tempfile.TemporaryDirectory(prefix="sr-boot-") as folder:
-        made = Machine(Path(folder))
+        made = Machine(Path(folder), *also_shown)
         try:
             yield made
         finally:
