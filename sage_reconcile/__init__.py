@@ -14,7 +14,7 @@ The way of the data, in the order in which to read it::
     reconcile.py       one pass of all this, and the carrying out       (start reading here)
     in_force.py        which content of the file is in force: read, refused, held back, confirmed (core/guard.py)
     telling.py         what happens, told to the log and to the events in the state folder (core/events.py)
-    daemon.py          when a pass is due
+    daemon.py          when a pass is due (host/notify.py tells systemd how it goes, core/service_unit.py is the unit)
     cli/               the commands
     control_plane.py   the same from Python
     core/changes.py    what start, stop, scale, set and restart change in the file; host/edits.py writes it, in place

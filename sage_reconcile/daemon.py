@@ -21,9 +21,11 @@ from sage_reconcile.core.observed import Life
 from sage_reconcile.core.report import lasting, status_document
 from sage_reconcile.core.resolve import values_mark
 from sage_reconcile.core.spec import Desired
+from sage_reconcile.core.status_line import in_a_line
 from sage_reconcile.errors import SageReconcileError, StateError
 from sage_reconcile.host.hub import PATIENCE_S, Hub
 from sage_reconcile.host.local import LocalHost
+from sage_reconcile.host.notify import Notifier
 from sage_reconcile.host.probes import Prober
 from sage_reconcile.host.state import StateFolder, Word, held_document
 from sage_reconcile.host.watch import ExitWatcher, FileWatcher
@@ -36,6 +38,8 @@ RESYNC_S = 30.0
 _ENDING_S = 0.05
 _ENDING_SLOWEST_S = 1.0
 _AFTER_FAILURE_S = 5.0
+_WATCHDOG_SHARE = 3
+"""Passes for each time that a watchdog waits: one may be late."""
 _NOT_AT_ONCE = ("kill", "reap")
 
 
@@ -43,8 +47,15 @@ class Passes:
     """A host with all that wakes it: probes, ends of processes, times that come."""
 
     def __init__(
-        self, state: StateFolder, folder: Path, environ: Mapping[str, str], *, asks_hubs: bool = False
+        self,
+        state: StateFolder,
+        folder: Path,
+        environ: Mapping[str, str],
+        *,
+        asks_hubs: bool = False,
+        resync_s: float = RESYNC_S,
     ) -> None:
+        self._resync_s = resync_s
         self._loop = asyncio.get_running_loop()
         self._woken = asyncio.Event()
         self.prober = Prober(time.monotonic, self.wake_from_thread)
@@ -78,7 +89,7 @@ class Passes:
 
     async def wait(self, result: Pass | None) -> None:
         """Until the next pass is due."""
-        deadline = self._loop.time() + (RESYNC_S if result is None else self._due_in(result))
+        deadline = self._loop.time() + (self._resync_s if result is None else self._due_in(result))
         while (left := deadline - self._loop.time()) > 0:
             probe_in = max(0.0, self.prober.ask() - time.monotonic())
             with contextlib.suppress(TimeoutError):
@@ -90,7 +101,7 @@ class Passes:
     def _due_in(self, result: Pass) -> float:
         if any(action.kind not in _NOT_AT_ONCE for action in result.done):
             return 0.0
-        times = [RESYNC_S]
+        times = [self._resync_s]
         if result.failed:
             times.append(_AFTER_FAILURE_S)
         if any(action.kind in _NOT_AT_ONCE for action in result.plan.actions) or result.plan.waiting:
@@ -156,6 +167,8 @@ class Daemon:
         self.log = log
         self.teller = Teller(state, "daemon", log)
         self.content = InForce(file, state, environ, self.teller)
+        self._notifier = Notifier(environ)
+        self._resync_s = min(RESYNC_S, (self._notifier.watchdog_s or RESYNC_S * _WATCHDOG_SHARE) / _WATCHDOG_SHARE)
         self._asked = 0
         self._retry_now = False
         self._word: Word | None = None
@@ -164,12 +177,13 @@ class Daemon:
         self._over = False
         self._told: dict[str, Any] = {}
         self._told_all = False
+        self._trouble = ""
 
     async def run(self) -> None:
         """Runs until SIGTERM or SIGINT. SIGHUP reads the file again and ends all back-off."""
         file = self.content.file
         loop = asyncio.get_running_loop()
-        passes = Passes(self.state, file.parent, self.environ, asks_hubs=True)
+        passes = Passes(self.state, file.parent, self.environ, asks_hubs=True, resync_s=self._resync_s)
         watcher = FileWatcher(file, lambda: self._stirred(passes))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, passes)
@@ -182,9 +196,11 @@ class Daemon:
             while not self._over:
                 watcher.refresh()
                 result = self._pass(passes)
+                self._notifier.alive(in_a_line(self._told, self._trouble))
                 if not self._over:
                     await passes.wait(result)
         finally:
+            self._notifier.stopping()
             watcher.close()
             passes.close()
         self.teller.tell(EventType.DAEMON_ENDED, "engines are left running", engines="left running")
@@ -200,6 +216,7 @@ class Daemon:
 
     def _ask(self, passes: Passes) -> None:
         self._asked += 1
+        self._notifier.reloading()
         self._retry_now = True
         self._refused = ""
         self._word = self.state.take_word()
@@ -208,6 +225,7 @@ class Daemon:
 
     def _pass(self, passes: Passes) -> Pass | None:
         self.teller.begin_pass()
+        self._trouble = ""
         try:
             self.content.read()
             result = self._carried_out(passes)
@@ -216,7 +234,9 @@ class Daemon:
                 return None
             passes.host.tidy()
         except SageReconcileError as error:
-            self.log.error("pass failed", error=str(error))  # noqa: TRY400 - the message says it all
+            self._trouble = str(error)
+            self.log.error("pass failed", error=self._trouble)  # noqa: TRY400 - the message says it all
+            self._tell(self._told)
             return None
         self._log(result)
         document = status_document(self.content.desired, result.observed, result.plan, result.now)
@@ -293,6 +313,7 @@ class Daemon:
             "pid": os.getpid(),
             "asked": self._asked,
             "refused": self._refused,
+            "trouble": self._trouble,
             "generation": content.generation,
             "digest": content.desired.digest if content.desired else "",
             "values": values_mark(content.desired, str(os.getpid())) if content.desired else "",

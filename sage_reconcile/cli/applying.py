@@ -14,7 +14,7 @@ from sage_reconcile.cli.following import Shown
 from sage_reconcile.core.host_spec import HostSpec
 from sage_reconcile.core.spec import Desired
 from sage_reconcile.errors import FileFaults, LockHeld, SageReconcileError, StalePlan
-from sage_reconcile.host import files
+from sage_reconcile.host import files, units
 from sage_reconcile.host.local import LocalHost
 from sage_reconcile.host.state import Holder, StateFolder
 from sage_reconcile.reconcile import look
@@ -50,7 +50,9 @@ def down(given: Path | None, state_dir: Path | None, *, yes: bool) -> int:
     path, state = file_path(given), state_folder(state_dir)
     holding = state.holder()
     if holding is not None:
-        raise LockHeld(f"{holding.text()} would start them again; end it first (kill {holding.pid})")
+        unit = units.unit_of(holding.pid) if holding.role == "daemon" else ""
+        end = f"systemctl stop {unit}" if unit.startswith("sage-reconcile") else f"kill {holding.pid}"
+        raise LockHeld(f"{holding.text()} would start them again; end it first ({end})")
     desired = Desired(_host_spec(path), (), unwanted="all engines were asked to stop")
 
     def show() -> tuple[Shown, bool]:

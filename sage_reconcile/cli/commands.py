@@ -17,6 +17,7 @@ from sage_reconcile.core.host_spec import HostSpec
 from sage_reconcile.core.plan_text import plan_text
 from sage_reconcile.core.report import plan_document, status_document
 from sage_reconcile.core.spec import Desired
+from sage_reconcile.core.status_line import in_a_line
 from sage_reconcile.errors import FileFaults, NotFound, SageReconcileError, StateError
 from sage_reconcile.host import files
 from sage_reconcile.host import logs as log_files
@@ -111,10 +112,12 @@ def tried(state: StateFolder) -> frozenset[str] | None:
 def run(given: Path | None, state_dir: Path | None) -> int:
     """``run``."""
     import asyncio
+    import faulthandler
 
     from sage_reconcile.daemon import Daemon
     from sage_reconcile.log import configure
 
+    faulthandler.enable()  # a watchdog ends what hangs with SIGABRT: the log then shows where it hung
     path, state = file_path(given), state_folder(state_dir)
     state.take_lock(this_process("daemon", path))
     try:
@@ -122,6 +125,29 @@ def run(given: Path | None, state_dir: Path | None) -> int:
     finally:
         state.release_lock()
     return 0
+
+
+def reload(state_dir: Path | None, *, wait: bool) -> int:
+    """``reload``."""
+    from sage_reconcile.cli import following
+
+    told = following.reload_daemon(state_folder(state_dir), wait=wait)
+    if told is None:
+        print("The daemon was told to read the file again.")
+        return 0
+    stays = "what was in force before stays" if told["generation"] else "nothing is in force"
+    if told["file_error"]:
+        rendering.error(f"{told['file_error']}\n{stays.capitalize()}.")
+    elif told["held_back"]:
+        rendering.error(
+            f"the file is held back: {_why_held(told['held_back'])}; {stays}; confirm it with `sage-reconcile apply`"
+        )
+    elif told.get("trouble"):  # a daemon of an earlier version tells none
+        rendering.error(f"the pass failed: {told['trouble']}")
+    else:
+        print(in_a_line(told))
+        return 0
+    return 1
 
 
 def status(given: Path | None, state_dir: Path | None, as_json: bool, *, watch: bool) -> int:
@@ -181,7 +207,7 @@ def read_status(path: Path, state: StateFolder) -> dict[str, Any]:
 
 def _told_by_daemon(path: Path, told: dict[str, Any], daemon: Holder | None) -> dict[str, Any]:
     """The status as the daemon last wrote it."""
-    own = ("pid", "asked", "refused", "busy", "digest", "values")
+    own = ("pid", "asked", "refused", "trouble", "busy", "digest", "values")
     return {
         "file": str(path),
         "observed_generation": told["generation"],

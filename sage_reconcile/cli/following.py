@@ -136,7 +136,7 @@ def follow_daemon(state: StateFolder, daemon: Holder, shown: Shown) -> dict[str,
     progress, heard = rendering.Progress(), False
     while True:
         told = state.read_json("status.json")
-        if told.get("pid") == daemon.pid and told.get("asked", 0) > asked_before:
+        if _has_heard(told, daemon, asked_before) and not told.get("trouble"):
             if told["file_error"]:
                 raise SageReconcileError(told["file_error"])
             _same_plan(told, desired, begun=heard)
@@ -147,9 +147,43 @@ def follow_daemon(state: StateFolder, daemon: Holder, shown: Shown) -> dict[str,
                 progress.show(told)
                 if told["converged"] or nothing_moves(told, begun):
                     return told
-        if not processes.alive(processes.ProcessId(daemon.pid, daemon.start_ticks)):
-            raise SageReconcileError(f"the daemon (pid {daemon.pid}) has ended; engines that run go on running")
+        _still_there(daemon)
         time.sleep(_POLL_S)
+
+
+def _has_heard(told: dict[str, Any], daemon: Holder, asked_before: int) -> bool:
+    """Whether this daemon has ended a pass that began after it was asked."""
+    return bool(told.get("pid") == daemon.pid and told.get("asked", 0) > asked_before)
+
+
+def _still_there(daemon: Holder) -> None:
+    if not processes.alive(processes.ProcessId(daemon.pid, daemon.start_ticks)):
+        raise SageReconcileError(f"the daemon (pid {daemon.pid}) has ended; engines that run go on running")
+
+
+def reload_daemon(state: StateFolder, *, wait: bool) -> dict[str, Any] | None:
+    """Has the daemon read the file again and retry what waits; returns what it tells after the pass that did it.
+
+    Returns None at once where nobody waits.
+
+    Raises:
+        SageReconcileError: no daemon is there, or it ended meanwhile.
+    """
+    daemon = state.holder()
+    if daemon is None or daemon.role != "daemon":
+        who = f"it is in use by {daemon.text()}" if daemon else "start one with `sage-reconcile run`"
+        raise SageReconcileError(f"no daemon works with {state.path}; {who}")
+    told = state.read_json("status.json")
+    asked_before = told.get("asked", 0) if told.get("pid") == daemon.pid else 0
+    if not processes.send(processes.ProcessId(daemon.pid, daemon.start_ticks), signal.SIGHUP):
+        raise SageReconcileError(f"the daemon (pid {daemon.pid}) has ended; engines that run go on running")
+    while wait:
+        told = state.read_json("status.json")
+        if _has_heard(told, daemon, asked_before):
+            return told
+        _still_there(daemon)
+        time.sleep(_POLL_S)
+    return None
 
 
 def _same_plan(told: dict[str, Any], desired: Desired, *, begun: bool) -> None:

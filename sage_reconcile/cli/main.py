@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from sage_reconcile import __version__
-from sage_reconcile.cli import engine
+from sage_reconcile.cli import engine, systemd
 from sage_reconcile.cli.options import AllowMoves, File, Finished, Output, State, Yes, json_wanted
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-
 app.add_typer(engine.app, name="engine")
+app.add_typer(systemd.app, name="systemd")
 
 
 def _version(value: bool) -> None:
@@ -116,6 +116,19 @@ def run(file: File = None, state_dir: State = None) -> None:
     from sage_reconcile.cli import commands
 
     raise Finished(commands.run(file, state_dir))
+
+
+@app.command()
+def reload(
+    state_dir: State = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Return when the pass is over; exit 1 if the file was refused or held back.")
+    ] = False,
+) -> None:
+    """Have the daemon read the file again now, and retry what waits for another try."""
+    from sage_reconcile.cli import commands
+
+    raise Finished(commands.reload(state_dir, wait=wait))
 
 
 @app.command()

@@ -16,7 +16,8 @@ DRAIN_MARGIN_S = 5
 SCRUBBED = (
     *("VLLM_PORT", "VLLM_DP_MASTER_PORT", "VLLM_HOST_IP", "HOST_IP", CPU_KV_SPACE),
     *("SAGE_RECONCILE_FILE", "SAGE_RECONCILE_STATE_DIR", "STATE_DIRECTORY"),
-    *("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID"),
+    *("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "FDSTORE"),
+    *("INVOCATION_ID", "JOURNAL_STREAM", "SYSTEMD_EXEC_PID", "CREDENTIALS_DIRECTORY"),
 )
 """Inherited variables that would mislead an engine: vLLM takes VLLM_PORT for a base of its inner ports."""
 _GROUP_PORTS = ("master-port", "data-parallel-rpc-port")
