@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from sage_reconcile.core.check import check_plan
 from sage_reconcile.core.observed import Exit, Launch, Life
+from sage_reconcile.core.plan import Plan
+from sage_reconcile.core.planner import make_plan
 from sage_reconcile.core.resolve import secret_marks
 from sage_reconcile.core.rollback import never_worked, revision_of
 from sage_reconcile.core.spec import Engine
+from tests.plans.world import NOW, world
 from tests.reading import desired, read
 
 ENTRIES = (
@@ -93,3 +97,42 @@ def test_only_a_start_that_failed_tells_of_its_revision() -> None:
 
 def test_off_is_a_word_though_yaml_reads_it_as_no() -> None:
     assert desired("version: 1\nengines:\n  chat: {model: m, rollback: off}\n").engines[0].spec.rollback == "off"
+
+
+OLD = "version: 1\nengines:\n  chat: {model: m, memory: 60GiB}\n"
+NEW = "version: 1\nengines:\n  chat: {model: m, memory: 60GiB, args: {seed: 2}}\n"
+GOOD = {"run": "chat/0", "gpu": 0, "port": 8000, "id": "good", "state": "exited", "ready": "1h", "why": "CHANGED"}
+BAD = {"run": "chat/0", "gpu": 0, "port": 8000, "id": "bad", "age": "50s", "now": True}
+ENDED = {"state": "exited", "exit": 2, "ended": "5s"}
+BACK = {"run": "chat/0", "gpu": 0, "port": 8000, "id": "back", "age": "4s"}
+
+
+def planned(*launches: dict[str, object], tried: frozenset[str] | None = None) -> Plan:
+    new = desired(NEW)
+    observed = world({"gpus": ["H100 80GiB"], "launches": list(launches)}, desired(OLD), NOW, new)
+    found = make_plan(new, observed, NOW, tried=tried)
+    assert check_plan(new, observed, found) == []
+    return found
+
+
+def test_the_records_that_a_rollback_needs_are_kept_and_no_others() -> None:
+    assert planned(GOOD, {**BAD, "state": "loading"}).forget == ()
+    failed_start = planned(GOOD, {**BAD, **ENDED})
+    assert (failed_start.forget, failed_start.rollbacks[0].good) == ((), "good")
+    back = planned(GOOD, {**BAD, **ENDED}, {**BACK, "ready": "1s"})
+    assert (back.forget, back.rollbacks[0].good) == (("good",), "back")
+    crashed = planned({**BAD, **ENDED}, {**BACK, "ready": "2s", "state": "exited", "exit": 1, "ended": "1s"})
+    assert (crashed.forget, crashed.rollbacks[0].failed) == ((), "bad")
+
+
+def test_what_was_ready_once_is_not_rolled_back() -> None:
+    assert planned(GOOD, {**BAD, **ENDED, "ready": "30s"}).rollbacks == ()
+
+
+def test_who_asks_again_has_the_failure_forgotten_and_after_the_try_it_counts() -> None:
+    again = planned(GOOD, {**BAD, **ENDED}, tried=frozenset())
+    assert (again.rollbacks, again.forget) == ((), ("bad",))
+    tried = planned(GOOD, {**BAD, **ENDED}, tried=frozenset({"chat/0"}))
+    assert [(x.kind, x.now, x.revision is not None) for x in tried.actions] == [("spawn", True, True)]
+    failed_too = {**BACK, "state": "exited", "exit": 1, "ended": "1s"}
+    assert not planned(GOOD, {**BAD, **ENDED}, failed_too, tried=frozenset({"chat/0"})).actions[0].now
