@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from sage_reconcile.core.check_memory import all_before, gpu_memory, host_memory, is_stopping, taken
+from sage_reconcile.core.check_rollout import as_rolled_back, takes_over, updates
 from sage_reconcile.core.observed import Gpu, Launch, Life, Observed
 from sage_reconcile.core.plan import Action, Plan
 from sage_reconcile.core.spec import Desired, Engine
@@ -18,7 +19,10 @@ def check_plan(desired: Desired, observed: Observed, plan: Plan) -> list[str]:
     replaces has gone, nothing touched that is not proven ours. Complete: every replica that is wanted
     is kept, started or refused with a reason, exactly once.
     """
+    desired, wrong = as_rolled_back(desired, observed, plan)
     return [
+        *wrong,
+        *updates(desired, observed, plan),
         *_order(plan),
         *_targets(observed, plan),
         *_complete(desired, plan),
@@ -241,20 +245,11 @@ def _one_start(
     for launch in sharing:
         ending = acting.get(launch.id)
         if launch.id == action.predecessor:
-            yield from _takes_over(action, launch, ending, actions)
+            serves = ending is not None and action.id in all_before(ending, actions)
+            yield from takes_over(action, launch, ending, serves=serves)
         elif ending is None and not action.waits_for:
             yield f"{action.id} does not wait for {launch.replica}, which is still stopping"
         elif ending is not None and ending.id not in before:
             yield f"{action.id} does not come after {ending.id}"
     if action.predecessor and action.predecessor not in acting:
         yield f"{action.id} takes over from {action.predecessor}, which does not end"
-
-
-def _takes_over(action: Action, launch: Launch, ending: Action | None, actions: dict[str, Action]) -> Iterator[str]:
-    ports = {action.port, *action.inner_ports} & {launch.port, *launch.inner_ports}
-    if launch.replica != action.replica or ports:
-        yield f"{action.id} takes over from {launch.id}, which is another replica or has the same port"
-    if {gpu.uuid for gpu in action.gpus} & set(launch.gpus):
-        yield f"{action.id} takes over from {launch.id} on a GPU of its own"
-    if ending is None or action.id not in all_before(ending, actions):
-        yield f"{launch.id} does not serve until {action.id} is ready"

@@ -88,10 +88,13 @@ def _explained(desired: Desired, observed: Observed, plan: Plan, engine: Engine,
         chosen = list(kept.launch.gpus)
         outcome = f"runs on {_on(kept)}"
         why = _stays(kept, ends, unplaced, observed)
+        waits = next((item.waits_for for item in plan.queued if item.launch.replica == replica), "")
+        why = [f"its entry changed, and it runs on until its turn comes: it waits for {waits}"] if waits else why
     else:
         chosen, outcome = [], "has no place"
         why = [f"what runs of it stops: {ends.cause}"] if ends else []
         why += [unplaced.reason, *way_lines(unplaced)] if unplaced else []
+    why += [found.text() for found in plan.rollbacks if found.engine_name == engine.name]
     verdicts = tuple(_verdicts(engine, observed, pages, chosen)) if engine.spec.gpu_count else ()
     placed = spawn is not None or kept is not None
     need = host_need(engine, observed.models.get(engine.spec.model_at), observed.host_memory)
@@ -131,7 +134,8 @@ def _cause(spawn: Action, ends: Action | None) -> list[str]:
     if ends.stop_cause is StopCause.MOVED:
         first = "starts there first, and ends where it is when it is ready: no downtime"
         return [spawn.cause, first if spawn.predecessor else "stops where it is, then starts there: downtime"]
-    return [ends.cause, *(change.text() for change in ends.changes)]
+    beside = ["starts beside the old one, which ends when it is ready: no downtime"] if spawn.predecessor else []
+    return [ends.cause, *(change.text() for change in ends.changes), *beside]
 
 
 def _stays(kept: Kept, ends: Action | None, unplaced: Unplaced | None, observed: Observed) -> list[str]:
@@ -139,6 +143,9 @@ def _stays(kept: Kept, ends: Action | None, unplaced: Unplaced | None, observed:
     if ends is not None and ends.stop_cause is StopCause.MOVED:
         until = "serves there until it is ready here" if ends.waits_for else "ends now"
         return [f"it is just being moved here: the one before {until}"]
+    if ends is not None and ends.changes:
+        until = "serves until it is ready" if ends.waits_for else "ends now"
+        return [f"{ends.cause}; the old one {until}"]
     faults = gpu_faults(kept.launch, observed)
     why = ["what runs stays where it is: neither its entry nor the user asks for a change"]
     if unplaced is not None:

@@ -32,6 +32,7 @@ class Lanes:
         for uuid, launches in self._on.items():
             for launch in launches:
                 self._gpus_of[launch.id].append(uuid)
+        self._host = _HostLane(standing)
         acted_on = {action.launch for action in standing.actions}
         for action in standing.actions:
             self.ends(action, standing.launches[action.launch])
@@ -47,7 +48,6 @@ class Lanes:
         self._lingering = standing.lingering
         self.late: set[str] = set()
         self._room = self._rooms(standing)
-        self._host = _HostLane(standing)
 
     def _rooms(self, standing: Standing) -> dict[str, int]:
         """MiB that can be started on GPUs whose memory is not all back yet."""
@@ -66,6 +66,7 @@ class Lanes:
         """From now on, what shares the replica, a port or a GPU with this launch comes after the action."""
         for key in self._keys(launch):
             self._ids[key].append(action.id)
+        self._host.ends(action, launch)
 
     def _after(self, keys: Sequence[object]) -> tuple[str, ...]:
         found = dict.fromkeys(action for key in keys for action in self._ids[key])
@@ -118,8 +119,12 @@ class _HostLane:
         actions = {action.launch: action.id for action in standing.actions}
         going = [standing.launches[launch_id] for launch_id in standing.ending if launch_id not in actions]
         self._stopping = [(f"{launch.replica} to end", taken_mib(launch)) for launch in going if taken_mib(launch)]
-        ends = [(action.id, taken_mib(standing.launches[action.launch])) for action in standing.actions]
-        self._ends = {step: mib for step, mib in ends if mib}
+        self._ends: dict[str, int] = {}
+
+    def ends(self, action: Action, launch: Launch) -> None:
+        """From now on, what this launch has is there for those that come after the action."""
+        if mib := taken_mib(launch):
+            self._ends[action.id] = mib
 
     def start(self, after: tuple[str, ...], need_mib: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The same for a start that needs so much: what it comes after, ``after`` first, and what else it waits for."""

@@ -14,6 +14,7 @@ from sage_reconcile.core.lifecycle import StopCause
 from sage_reconcile.core.memory import Occupancy
 from sage_reconcile.core.observed import Gpu, Launch
 from sage_reconcile.core.promise import Breakdown
+from sage_reconcile.core.spec import Engine
 
 if TYPE_CHECKING:
     from sage_reconcile.core.ways import Way
@@ -61,6 +62,10 @@ class Action:
     kv_bytes: int = 0
     host_memory_mib: int = 0
     kv_space_gib: int = 0
+    revision: Engine | None = None
+    """What is started, where that is not the entry of the file."""
+    restart_s: float | None = None
+    """How long a start like this one took last time, in seconds."""
 
     @property
     def now(self) -> bool:
@@ -74,6 +79,42 @@ class Kept:
 
     launch: Launch
     gpus: tuple[Gpu, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A replica that is to be replaced, and keeps running until its turn comes."""
+
+    launch: Launch
+    changes: tuple[Change, ...]
+    waits_for: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """An engine whose entry failed to start, and that goes back to the last revision that was ready.
+
+    ``failed`` and ``good`` are the ids of the launches that show it, ``cause`` is why the one failed. ``revision`` is
+    what runs instead; None where it cannot be started again, and ``problem`` says why.
+    """
+
+    engine_name: str
+    failed: str
+    good: str
+    cause: str
+    revision: Engine | None = None
+    problem: str = ""
+
+    def text(self) -> str:
+        """What happened, and what to do."""
+        if self.revision is None:
+            return (
+                f"{self.engine_name}: its new revision failed ({self.cause}), and cannot be rolled back: {self.problem}"
+            )
+        return (
+            f"{self.engine_name}: its new revision failed ({self.cause}), and was rolled back to the one before; "
+            "edit its entry, or `apply` tries it again"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +179,8 @@ class Plan:
 
     ``proposals`` would let in some of what is unplaced; ``waiting`` tells of what is under way; ``host`` is None where
     no engine has or gets any of the host's memory, or it is not known; ``forget`` are ids of ended launches whose
-    records are no longer needed; ``notes`` are things a person should know.
+    records are no longer needed; ``notes`` are things a person should know. ``queued`` are
+    among ``kept`` until their turn comes.
     """
 
     actions: tuple[Action, ...] = ()
@@ -150,11 +192,19 @@ class Plan:
     host: HostMap | None = None
     forget: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    queued: tuple[Queued, ...] = ()
+    rollbacks: tuple[Rollback, ...] = ()
+
+    @property
+    def unchanged(self) -> tuple[Kept, ...]:
+        """Who runs on without waiting for a turn to be replaced."""
+        queued = {item.launch.id for item in self.queued}
+        return tuple(kept for kept in self.kept if kept.launch.id not in queued)
 
     @property
     def in_sync(self) -> bool:
         """Whether there is nothing to do, nothing under way and nothing left out."""
-        return not (self.actions or self.unplaced or self.waiting)
+        return not (self.actions or self.unplaced or self.waiting or self.queued or self.rollbacks)
 
     def mark(self) -> str:
         """Names what the plan does: two plans of one mark do the same to the same processes on the same GPUs.
@@ -169,7 +219,13 @@ class Plan:
     def replaced(self) -> frozenset[str]:
         """The replicas that are stopped and started again, moved ones among them."""
         stopped = {action.replica for action in self.actions if action.kind != "spawn"}
-        return frozenset(stopped & {a.replica for a in self.actions if a.kind == "spawn" and not a.blocked})
+        found = stopped & {a.replica for a in self.actions if a.kind == "spawn" and not a.blocked}
+        return frozenset(found | self.taken_over())
+
+    def taken_over(self) -> frozenset[str]:
+        """The replicas whose new revision runs beside the old one, which ends when that is ready."""
+        changed = {action.replica for action in self.actions if action.stop_cause is StopCause.CHANGED}
+        return frozenset(changed & {kept.launch.replica for kept in self.kept})
 
     def moved(self) -> frozenset[str]:
         """The replicas that go to other GPUs to make room; those that are on their way are among them."""
@@ -183,7 +239,7 @@ class Plan:
 
 _TOLD: dict[str, Any] = {
     **dict.fromkeys(("cause", "waits_for"), ""),
-    **dict.fromkeys(("not_before", "made_of"), None),
+    **dict.fromkeys(("not_before", "made_of", "restart_s"), None),
     **dict.fromkeys(("restarts", "failures", "stalled"), 0),
     **dict.fromkeys(("gpus", "goes_to"), ()),
 }

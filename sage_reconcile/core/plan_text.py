@@ -37,10 +37,10 @@ def summary(plan: Plan) -> dict[str, int]:
     replaced, moved = plan.replaced(), plan.moved()
     return {
         "start": sum(a.kind == "spawn" and a.replica not in replaced and not a.blocked for a in plan.actions),
-        "replace": len(replaced - moved),
+        "replace": len(replaced - moved) + len(plan.queued),
         "move": len(moved),
         "stop": len({a.replica for a in plan.actions if a.kind != "spawn"} - replaced - moved),
-        "unchanged": len(plan.kept),
+        "unchanged": len(plan.unchanged),
         "unplaced": len(plan.unplaced),
         "blocked": sum(bool(action.blocked) for action in plan.actions),
     }
@@ -48,6 +48,8 @@ def summary(plan: Plan) -> dict[str, int]:
 
 def _engines(plan: Plan, now: float) -> Iterator[str]:
     replaced, moved = plan.replaced(), plan.moved()
+    running = plan.taken_over()
+    beside = {x.launch for x in plan.actions if x.stop_cause is StopCause.CHANGED and x.replica in running}
     ends = {action.replica: action for action in plan.actions if action.kind != "spawn"}
     rows: list[tuple[str, list[str]]] = []
     for action in plan.actions:
@@ -57,10 +59,17 @@ def _engines(plan: Plan, now: float) -> Iterator[str]:
             before = ends[action.replica] if action.replica in replaced else None
             where = f"{_place(action.gpus, action)}  port {action.port}"
             rows.append((f"{sign} {action.replica}\0{verb}\0{where}", _details(action, before, now)))
-        elif action.replica not in replaced:
+        elif action.replica not in replaced or action.launch in beside:
             sign, verb = ("~", "move") if action.replica in moved else ("-", action.kind)
+            sign, verb = ("~", "replace") if action.launch in beside else (sign, verb)
             rows.append((f"{sign} {action.replica}\0{verb}\0{action.cause}", []))
+    queued = {item.launch.id: item for item in plan.queued}
     for kept in plan.kept:
+        if kept.launch.id in queued:
+            turn = queued[kept.launch.id]
+            told = [*(change.text() for change in turn.changes), f"runs on until then, port {kept.launch.port}"]
+            rows.append((f"~ {kept.launch.replica}\0replace\0waits for {turn.waits_for}", told))
+            continue
         seen = kept.gpus or not kept.launch.gpus
         on = _place(kept.gpus, kept.launch) if seen else f"{', '.join(kept.launch.gpus)} (not seen)"
         lost = len(kept.launch.gpus) - len(kept.gpus) if kept.gpus else 0
@@ -87,10 +96,15 @@ def _details(spawn: Action, before: Action | None, now: float) -> list[str]:
     told = told or [before.cause if before else spawn.cause]
     if spawn.made_of:
         told += breakdown_lines(spawn.made_of)
-    if spawn.predecessor:
+    took = "" if spawn.restart_s is None else f" of about {spawn.restart_s:.0f}s, as its last start"
+    if spawn.predecessor and before and before.stop_cause is StopCause.CHANGED:
+        told.append("starts beside the old one, which ends when it is ready: no downtime")
+    elif spawn.predecessor:
         told.append("starts there first, and ends here when it is ready: no downtime")
     elif before and before.stop_cause is StopCause.MOVED:
         told.append("stops here, then starts there: downtime")
+    elif before and before.stop_cause is StopCause.CHANGED:
+        told.append(f"stops first, then starts: downtime{took}")
     if spawn.blocked:
         told.append(f"cannot start here: {spawn.blocked}")
     elif spawn.not_before is not None:
@@ -234,7 +248,7 @@ def _who(item: GpuMap) -> str:
 
 
 def _notes(plan: Plan) -> Iterator[str]:
-    texts = [*plan.waiting, *plan.notes]
+    texts = [*(found.text() for found in plan.rollbacks), *plan.waiting, *plan.notes]
     if plan.making_room and plan.unplaced:
         texts.append("room for what is unplaced is looked for again when all of this is done")
     for text in texts:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sage_reconcile.core.gpu_maps import gpu_maps, host_map, not_back, once_back
+from sage_reconcile.core.gpu_maps import gpu_maps, host_map, not_back
 from sage_reconcile.core.lanes import Lanes
 from sage_reconcile.core.lifecycle import Retry, StopCause, after
 from sage_reconcile.core.making_room import MakingRoom, Room, as_move, in_order
 from sage_reconcile.core.observed import Launch, Life, Observed
 from sage_reconcile.core.placement import Placement, Refusal, Request, launch_gpus, place, promise_of
-from sage_reconcile.core.plan import Action, Kept, Kind, Move, Plan, Proposal, Unplaced
+from sage_reconcile.core.plan import Action, Kept, Kind, Move, Plan, Proposal, Queued, Unplaced
 from sage_reconcile.core.ports import Lease, Ports
+from sage_reconcile.core.rollout import Results, Updating, refused
 from sage_reconcile.core.spec import Desired
-from sage_reconcile.core.standing import Standing, end
+from sage_reconcile.core.standing import end
 
 _KINDS: tuple[Kind, ...] = ("reap", "kill", "stop", "spawn")
 _RETURNING = (StopCause.CHANGED, StopCause.MOVED)
 """Stops after which a replica comes back before any newcomer gets its memory."""
-_Results = dict[str, tuple[Placement, Lease] | Refusal]
 
 
 def make_plan(
@@ -34,33 +34,26 @@ def make_plan(
     return _Planner(desired, observed, now, tried, allow_moves=allow_moves).plan()
 
 
-class _Planner:
+class _Planner(Updating):
     """One plan in the making."""
 
     def __init__(
         self, desired: Desired, observed: Observed, now: float, tried: frozenset[str] | None, *, allow_moves: bool
     ) -> None:
-        self.desired, self.observed, self.now, self.tried = desired, observed, now, tried
+        super().__init__(desired, observed, now, tried)
         self.allow_moves = allow_moves
-        self.standing = Standing(desired, observed, now)
-        self.expected = once_back(observed, self.standing)
         self.moving: dict[str, Launch] = {}
         self.displaced: dict[str, tuple[Launch, str]] = {}
-        self.room_for = ""
         self.in_vain_for: frozenset[str] = frozenset()
         self.on_their_way = True
         self.stranded: list[str] = []
-        self.refused: dict[str, Refusal] = {}
 
     def plan(self) -> Plan:
         standing = self.standing
         requests, results, proposals = self._settle()
+        requests, results = self._start_first(requests, results)
         moves = in_order(self._moves(results), self.desired)
-        for launch, differences in standing.drifted.values():
-            cause = "changed: " + ", ".join(change.field for change in differences)
-            waits_for = self._untold(launch.engine_name)
-            stop = end("stop", launch, cause, StopCause.CHANGED, differences=differences, waits_for=waits_for)
-            standing.actions.append(stop)
+        standing.actions += [self._stop_changed(name) for name in standing.drifted if name not in self.first]
         for launch, cause in self.displaced.values():
             standing.actions.append(end("stop", launch, cause, StopCause.DISPLACED))
         for move in moves:
@@ -68,7 +61,7 @@ class _Planner:
                 standing.actions.append(self._stop_moved(move))
         standing.actions.sort(key=lambda action: (_KINDS.index(action.kind), action.replica, action.launch))
         actions, unplaced = self._actions(requests, results, [move for move in moves if move.start_first])
-        unplaced += [Unplaced(name, why.reason, runs_on=True, ways=why.ways) for name, why in self.refused.items()]
+        unplaced += self._stay_unplaced()
         if unplaced:
             standing.notes += [*not_back(self.observed, standing), *standing.failed_moves()]
         order = {replica: position for position, replica in enumerate(self.desired.replicas())}
@@ -81,8 +74,12 @@ class _Planner:
             waiting=tuple(sorted(standing.waiting)),
             gpus=tuple(gpu_maps(self.desired, self.observed, self.expected, self._leaving, actions)),
             host=host_map(self.observed, self._leaving, actions),
-            forget=tuple(sorted(standing.forget)),
+            forget=tuple(sorted({*standing.forget, *self.rollbacks.released})),
             notes=tuple(sorted(standing.notes)),
+            queued=tuple(
+                Queued(*self.changed[name], self.queued[name]) for name in sorted(self.queued, key=lambda x: order[x])
+            ),
+            rollbacks=tuple(found for _, found in sorted(self.rollbacks.found.items())),
         )
 
     @property
@@ -91,48 +88,49 @@ class _Planner:
         gone = [*self.moving.values(), *(launch for launch, _ in self.displaced.values())]
         return self.standing.leaving | {launch.id for launch in gone}
 
-    def _settle(self) -> tuple[list[Request], _Results, tuple[Proposal, ...]]:
+    def _settle(self) -> tuple[list[Request], Results, tuple[Proposal, ...]]:
         """A place and ports for all that is missing.
 
         A replica whose new revision has no place keeps its old one, and so its memory; for one that has none
         at all others are moved or displaced where that is allowed, for one after another, each when all is done
         for the one before. After each such step all are placed anew, until nothing changes.
         """
+        self._take_turns()
         while True:
             requests = self._requests()
             results = self._placed(requests)
-            if self._taken_back(results) or self._in_vain(results):
+            if self._taken_back(results) or self._in_vain(results) or self._without_hope(results):
                 continue
             if self.standing.under_way:
-                self.stranded = [x.replica for x in requests if x.destination and _refused(results[x.replica])]
+                self.stranded = [x.replica for x in requests if x.destination and refused(results[x.replica])]
                 return requests, results, ()
             room = self._making_room(requests, results)
             found = None if self.room_for else room.allowed(self.in_vain_for)
             if found is not None:
                 self._make(found)
-            elif self.on_their_way and any(x.destination and _refused(results[x.replica]) for x in requests):
+            elif self.on_their_way and any(x.destination and refused(results[x.replica]) for x in requests):
                 self.on_their_way = False  # their places have been taken meanwhile: any other will do
             else:
                 proposals = () if self.room_for else room.proposals()
                 in_vain = self.in_vain_for  # to propose what was just tried and led to nothing would be a lie
                 return requests, results, tuple(item for item in proposals if item.replica not in in_vain)
 
-    def _taken_back(self, results: _Results) -> bool:
+    def _taken_back(self, results: Results) -> bool:
         """Whether some that should have been replaced have nowhere to go, or be moved need not, and so stay."""
         standing = self.standing
         stuck = {name: result for name, result in results.items() if isinstance(result, Refusal)}
         drifted = [name for name in stuck if name in standing.drifted]
         for name in drifted:
             self.refused[name] = stuck[name]
-            standing.kept[name] = standing.drifted.pop(name)[0]
+        self._take_turns()
         same = [move.launch.replica for move in self._moves(results) if move.from_gpus == move.to_gpus]
         for name in same:
             standing.kept[name] = self.moving.pop(name)
         return bool(drifted or same)
 
-    def _in_vain(self, results: _Results) -> bool:
+    def _in_vain(self, results: Results) -> bool:
         """Whether room was made, and all together do not fit after all: then all of it is taken back."""
-        if not self.room_for or not any(_refused(results[name]) for name in (self.room_for, *self.moving)):
+        if not self.room_for or not any(refused(results[name]) for name in (self.room_for, *self.moving)):
             return False
         gone = self.moving | {replica: launch for replica, (launch, _) in self.displaced.items()}
         self.standing.kept |= gone
@@ -149,13 +147,13 @@ class _Planner:
             self.displaced[replica] = (kept.pop(replica), room.cause)
         self.room_for = room.replica
 
-    def _making_room(self, requests: list[Request], results: _Results) -> MakingRoom:
+    def _making_room(self, requests: list[Request], results: Results) -> MakingRoom:
         return MakingRoom(
             self.desired,
             self.expected,
             leaving=self._leaving,
-            placed=[x for x in requests if not _refused(results[x.replica])],
-            refused=[x for x in requests if _refused(results[x.replica])],
+            placed=[x for x in requests if not refused(results[x.replica])],
+            refused=[x for x in requests if refused(results[x.replica])],
             kept={name: launch for name, launch in self.standing.kept.items() if self._may_go(name, launch)},
             allow_moves=self.allow_moves,
         )
@@ -163,9 +161,11 @@ class _Planner:
     def _may_go(self, replica: str, launch: Launch) -> bool:
         """Whether it may be asked to leave at all: it runs, and no move of it has failed, or a person asks again."""
         last = self.standing.history.get(replica)
+        engine = self.desired.engine(launch.engine_name)
         failed_before = last is not None and last.predecessor == launch.id
+        failed_before = failed_before and not (last and engine and self.standing.changes(engine, last))
         asked_again = self.tried is not None and replica not in self.tried and not (last and last.holds)
-        stays = replica in self.refused or (self.tried is not None and replica in self.tried)
+        stays = replica in self.refused or replica in self.queued or (self.tried is not None and replica in self.tried)
         return launch.life is Life.ALIVE and not stays and (asked_again or not failed_before)
 
     def _requests(self) -> list[Request]:
@@ -177,16 +177,17 @@ class _Planner:
                     last = standing.history.get(replica)
                     returning = replica in standing.drifted or replica in self.moving
                     returning |= last is not None and last.stop_cause in _RETURNING
+                    returning |= engine.name in self.rollbacks.found
                     goes_to = last.destination if last is not None and replica not in self.moving else ()
                     found.append(Request(engine, index, position, returning, goes_to if self.on_their_way else ()))
         return found
 
-    def _placed(self, requests: list[Request]) -> _Results:
+    def _placed(self, requests: list[Request]) -> Results:
         places = place(self.desired, self.expected, requests, self._leaving)
         moves = in_order(self._moves(places), self.desired)
-        elsewhere = {move.launch.replica for move in moves if move.start_first}
+        elsewhere = {move.launch.replica for move in moves if move.start_first} | self.first.keys()
         ports = Ports(self.desired, self.observed, self._leaving)
-        results: _Results = {}
+        results: Results = {}
         for request in sorted(requests, key=lambda r: (not r.returning, -r.engine.spec.priority)):
             found, before = places[request.replica], self._last(request.replica)
             if isinstance(found, Refusal):
@@ -217,12 +218,17 @@ class _Planner:
         return found
 
     def _actions(
-        self, requests: list[Request], results: _Results, first: list[Move]
+        self, requests: list[Request], results: Results, first: list[Move]
     ) -> tuple[list[Action], list[Unplaced]]:
         """All actions in order; what is started elsewhere first comes before what waits for it to leave."""
         lanes = Lanes(self.standing, self.desired.host.concurrent_starts)
         actions, unplaced = list(self.standing.actions), []
         by_name = {request.replica: request for request in requests}
+        for replica in self.first:
+            spawn = self._spawn(by_name.pop(replica), results, lanes, predecessor=self.standing.drifted[replica][0].id)
+            stop = self._stop_changed(replica, after=(spawn.id,))
+            lanes.ends(stop, self.standing.drifted[replica][0])
+            actions += [spawn, stop]
         for move in first:
             spawn = self._spawn(by_name.pop(move.launch.replica), results, lanes, predecessor=move.launch.id)
             stop = self._stop_moved(move, after=(spawn.id,))
@@ -237,18 +243,11 @@ class _Planner:
         self.standing.waiting += sorted(lanes.late)
         return actions, unplaced
 
-    def _untold(self, engine_name: str) -> str:
-        """What a start, and the end that comes before it, waits for where the memory it needs is about to be known."""
-        engine = self.desired.engine(engine_name)
-        asks = engine if engine is not None and engine.spec.memory.kind == "auto" else None
-        facts = self.observed.models.get(asks.spec.model_at) if asks else None
-        return "what the hub tells of its model" if facts and facts.pending else ""
-
     def _stop_moved(self, move: Move, after: tuple[str, ...] = ()) -> Action:
         cause = f"makes room for {self.room_for}"
         return end("stop", move.launch, cause, StopCause.MOVED, after=after, goes_to=move.to_gpus)
 
-    def _spawn(self, request: Request, results: _Results, lanes: Lanes, predecessor: str = "") -> Action:
+    def _spawn(self, request: Request, results: Results, lanes: Lanes, predecessor: str = "") -> Action:
         replica = request.replica
         result = results[replica]
         assert isinstance(result, tuple), "what is spawned has a place and ports"
@@ -263,7 +262,7 @@ class _Planner:
             waiting = (*waiting, f"its back-off ({retry.failures} failed in a row)")
         if retry.stalled:
             waiting = ("an edit of its entry, or `apply`, since it cannot get better by itself",)
-        tried = self.tried is not None and replica in self.tried
+        tried = self._tried_already(replica)
         held_back = retry.stalled or retry.not_before is not None or tried
         if untold := self._untold(request.engine.name):
             waiting, held_back = (*waiting, untold), True
@@ -290,6 +289,8 @@ class _Planner:
             kv_bytes=kv_bytes,
             host_memory_mib=placement.host.mib,
             kv_space_gib=placement.host.kv_gib,
+            revision=request.engine if request.engine.name in self.rolled_back else None,
+            restart_s=self._restart_s(request, placement, self._last(replica)),
         )
         if not (held_back or action.blocked):
             lanes.starts(action)
@@ -298,7 +299,7 @@ class _Planner:
     def _history(self, request: Request, placement: Placement) -> Retry:
         """What a start has to know of what became of the one before it."""
         replica, standing = request.replica, self.standing
-        if replica in standing.drifted:
+        if replica in standing.drifted and not self._held_back(replica):
             return Retry("its entry changed")
         if replica in self.moving:
             return Retry(f"makes room for {self.room_for}", restarts=self.moving[replica].restarts)
@@ -306,11 +307,9 @@ class _Planner:
             launch, cause = self.displaced[replica]
             return Retry(cause, restarts=launch.restarts)
         last = standing.history.get(replica)
+        if request.engine.name in self.rolled_back and (last is None or standing.changes(request.engine, last)):
+            return Retry("rolled back to the revision before")
         if last is None or standing.changes(request.engine, last):
             return Retry("wanted, and its last process is ending" if last and last.holds else "wanted, and not running")
         edited, asked = request.engine.record != last.spec, self.tried is not None
         return after(last, placement.gpus, placement.memory_mib, self.now, edited=edited, asked=asked)
-
-
-def _refused(result: Placement | Refusal | tuple[Placement, Lease]) -> bool:
-    return isinstance(result, Refusal)

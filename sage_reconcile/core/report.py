@@ -15,6 +15,7 @@ from sage_reconcile.core.plan import Action, HostMap, Move, Plan, Proposal
 from sage_reconcile.core.plan_text import summary
 from sage_reconcile.core.promise import Breakdown
 from sage_reconcile.core.spec import Desired, Engine
+from sage_reconcile.core.update_report import changes_document, updates_document
 
 VERSION = 1
 
@@ -25,7 +26,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "version": VERSION,
         "in_sync": plan.in_sync,
         "actions": [_action(action) for action in plan.actions],
-        "unchanged": [{"replica": kept.launch.replica, **_place(kept.gpus, kept.launch)} for kept in plan.kept],
+        "unchanged": [{"replica": kept.launch.replica, **_place(kept.gpus, kept.launch)} for kept in plan.unchanged],
         "unplaced": [
             {
                 "replica": item.replica,
@@ -37,6 +38,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         ],
         "proposals": [proposal_document(proposal) for proposal in plan.proposals],
         "waiting": list(plan.waiting),
+        **updates_document(plan),
         "gpus": [
             {
                 **_gpu_ref(item.gpu),
@@ -94,7 +96,8 @@ def _action(action: Action) -> dict[str, Any]:
         "not_before": action.not_before,
         "start_first": bool(action.predecessor),
         "blocked": action.blocked,
-        "changes": [{"field": change.field, "old": change.old, "new": change.new} for change in action.changes],
+        "changes": changes_document(action.changes),
+        "restart_s": action.restart_s,
         "made_of": breakdown_document(action.made_of) if action.made_of else None,
         **_place(action.gpus, action),
     }
@@ -140,6 +143,7 @@ def status_document(desired: Desired, observed: Observed, plan: Plan, now: float
     engines += [_gone(name, launches, observed, now) for name in sorted(gone)]
     wanted = sum(engine.spec.replicas for engine in desired.engines)
     ready = sum(entry["ready"] for entry in engines if entry["name"] in known)
+    rolled_back = [found.text() for found in plan.rollbacks]
     told = {fault_note(launch, observed) for launch in observed.launches}  # with the replicas
     return {
         "version": VERSION,
@@ -147,7 +151,7 @@ def status_document(desired: Desired, observed: Observed, plan: Plan, now: float
         "engines": engines,
         "gpus": gpu_rows(desired.host, observed),
         "host_memory": host_document(observed),
-        "notes": [*plan.waiting, *(note for note in plan.notes if note not in told)],
+        "notes": [*rolled_back, *plan.waiting, *(note for note in plan.notes if note not in told)],
     }
 
 
@@ -179,6 +183,7 @@ def _engine(
         for action in plan.actions
         if action.stop_cause is StopCause.MOVED and action.waits_for
     }
+    moves |= {item.launch.id: f"its update waits for {item.waits_for}" for item in plan.queued}
     replicas = []
     for name in names:
         launch = _current(launches.get(name, ()))

@@ -112,6 +112,17 @@ class EngineSpec(Strict):
         default="never", description="lower: running replicas of lower priority give way where it has no place."
     )
     movable: Switch = Field(default=False, description="true: it may be moved to other GPUs to make room.")
+    max_unavailable: WholeNumber = Field(
+        default=1, ge=0, le=10000, description="How many of its replicas may be down at once for an update."
+    )
+    max_surge: WholeNumber = Field(
+        default=1, ge=0, le=10000, description="How many may be started before the old ones end; 0: stop first."
+    )
+    rollback: Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)] = (
+        Field(
+            default="auto", description="auto: a revision that fails to start gives way to the last one that was ready."
+        )
+    )
     startup_timeout: Seconds = Field(default=1800.0, gt=0, description="How long it may take to become ready.")
     stop_timeout: Seconds = Field(default=30.0, ge=0, description="How long it may take to end after SIGTERM.")
     restarted: Annotated[dict[str, str], BeforeValidator(read_restarted)] = Field(
@@ -135,6 +146,16 @@ class EngineSpec(Strict):
     def sizes_cpu_cache(self) -> bool:
         """Whether it is vLLM on the CPU, and the size of its KV cache is ours to say."""
         return self.device == "cpu" and self.runtime == "vllm" and self.memory.kind != "manual"
+
+    @model_validator(mode="after")
+    def _an_update_can_begin(self) -> EngineSpec:
+        if not self.max_unavailable and not self.max_surge:
+            raise fault(
+                "`max_unavailable` and `max_surge` are both 0, so that no update could ever begin",
+                "let one of them be 1",
+                field="max_surge",
+            )
+        return self
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> EngineSpec:
@@ -235,6 +256,9 @@ EFFECTS: Mapping[str, Effect] = {
     "priority": Effect.NOTHING,
     "preemption": Effect.NOTHING,
     "movable": Effect.NOTHING,
+    "max_unavailable": Effect.NOTHING,
+    "max_surge": Effect.NOTHING,
+    "rollback": Effect.NOTHING,
     "startup_timeout": Effect.NOTHING,
     "stop_timeout": Effect.NOTHING,
     "restarted": Effect.RESTART,  # of those that it names, where it has another value for them

@@ -19,14 +19,18 @@ class Standing:
 
     ``kept`` run on and ``drifted`` are replaced, by replica; ``ending`` will be gone, by launch id. ``history`` is
     the last launch of a replica that does not run. ``actions`` are what ends them. ``lingering`` is memory, in
-    MiB by GPU, that launches which have just ended held and that is not back yet.
+    MiB by GPU, that launches which have just ended held and that is not back yet. ``superseded`` serve, by replica,
+    until the launch that takes over from them is ready. The records of ``retained`` are kept.
     """
 
-    def __init__(self, desired: Desired, observed: Observed, now: float) -> None:
-        self.desired, self.observed, self.now = desired, observed, now
+    def __init__(
+        self, desired: Desired, observed: Observed, now: float, retained: frozenset[str] = frozenset()
+    ) -> None:
+        self.desired, self.observed, self.now, self.retained = desired, observed, now, retained
         self.kept: dict[str, Launch] = {}
         self.drifted: dict[str, tuple[Launch, tuple[Change, ...]]] = {}
         self.ending: dict[str, Launch] = {}
+        self.superseded: dict[str, Launch] = {}
         self.history: dict[str, Launch] = {}
         self.actions: list[Action] = []
         self.waiting: list[str] = []
@@ -110,11 +114,13 @@ class Standing:
         Of any other too as long as the memory that it held is not back: it tells whose that is.
         """
         if wanted is None:
-            if not any(launch.id in self.lingering[uuid].launches for uuid in launch.gpus if uuid in self.lingering):
+            if launch.id not in self.retained and not any(
+                launch.id in self.lingering[uuid].launches for uuid in launch.gpus if uuid in self.lingering
+            ):
                 self.forget.append(launch.id)
             return
         earlier = self.history.get(launch.replica)
-        if earlier is not None and earlier.life is Life.EXITED:
+        if earlier is not None and earlier.life is Life.EXITED and earlier.id not in self.retained:
             self.forget.append(earlier.id)
         self.history[launch.replica] = launch
 
@@ -140,13 +146,20 @@ class Standing:
 
     def _sort_superseded(self, launch: Launch, successor: Launch) -> None:
         """It serves until its successor does, or as long as it can where that has hung since it was ready."""
-        self.ending[launch.id] = launch
+        self.ending[launch.id] = self.superseded[launch.replica] = launch
         seen = [self._gpus[uuid] for uuid in successor.gpus if uuid in self._gpus]
         there = gpu_names(seen) if seen else "its new place"
         takes_over = successor.ready or (successor.ready_at is not None and not launch.ready)
         waits_for = "" if takes_over else f"{launch.replica} to be ready on {there}"
-        cause = f"moved to {there}"
-        self.actions.append(end("stop", launch, cause, StopCause.MOVED, waits_for=waits_for))
+        engine = self._wanted(launch)
+        differences = self.changes(engine, launch) if engine is not None else ()
+        if differences:
+            why = "changed: " + ", ".join(change.field for change in differences)
+            self.actions.append(
+                end("stop", launch, why, StopCause.CHANGED, differences=differences, waits_for=waits_for)
+            )
+            return
+        self.actions.append(end("stop", launch, f"moved to {there}", StopCause.MOVED, waits_for=waits_for))
 
     def _sort_stopping(self, launch: Launch, engine: Engine | None) -> None:
         timeout = engine.spec.stop_timeout if engine else _recorded_seconds(launch, "stop_timeout", 30.0)

@@ -292,7 +292,7 @@ class LocalHost:
 
     def _spawn(self, action: Action, desired: Desired) -> str:
         name, _, index = action.replica.rpartition("/")
-        engine = desired.engine(name)
+        engine = action.revision or desired.engine(name)
         assert engine is not None, "check_plan lets no engine through that is not in the file"
         ports.check_free(action.replica, desired.host.bind, action.port)
         launch_id, now = secrets.token_hex(4), self.now()

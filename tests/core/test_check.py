@@ -31,7 +31,7 @@ version: 1
 host: {exclude: [3]}
 engines:
   keep: {model: k, memory: 20GiB}
-  change: {model: c, memory: 40GiB, args: {seed: 1}}
+  change: {model: c, memory: 40GiB, args: {seed: 1}, max_surge: 0}
   fresh: {model: f, memory: 50GiB}
   pair: {model: p, memory: 10GiB, tensor_parallel_size: 2}
   pinned: {model: q, memory: 10GiB, gpus: [2]}

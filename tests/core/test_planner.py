@@ -54,8 +54,9 @@ def test_every_stop_says_why_in_words_that_the_next_pass_understands() -> None:
     running = "run: chat/0, gpu: 0, port: 8000"
     assert only(plan(running, file=NONE)).stop_cause is StopCause.REMOVED
     changed = plan(running, ran=FILE.replace("20GiB", "30GiB"))
-    assert changed.actions[0].stop_cause is StopCause.CHANGED
-    assert [change.field for change in changed.actions[0].changes] == ["memory"]
+    (stop,) = (action for action in changed.actions if action.kind == "stop")
+    assert stop.stop_cause is StopCause.CHANGED
+    assert [change.field for change in stop.changes] == ["memory"]
     assert plan(f"{running}, state: loading, age: 10m").actions[0].stop_cause is StopCause.STARTUP_TIMEOUT
 
 
@@ -81,7 +82,7 @@ def test_an_edited_entry_begins_anew() -> None:
     ended = "run: chat/0, gpu: 0, port: 8000, state: exited, exit: 1, ended: 5s, restarts: 4, failures: 2"
     action = only(plan(ended, ran=old))
     assert (action.restarts, action.failures, action.not_before) == (0, 0, None)
-    spawn = plan("run: chat/0, gpu: 0, port: 8000, restarts: 4", ran=old).actions[1]
+    (spawn,) = (x for x in plan("run: chat/0, gpu: 0, port: 8000, restarts: 4", ran=old).actions if x.kind == "spawn")
     assert (spawn.cause, spawn.restarts) == ("its entry changed", 0)
 
 
@@ -324,13 +325,13 @@ def test_what_runs_does_not_end_before_the_hub_has_told_what_its_new_model_takes
     running = {"run": "chat/0", "gpu": 0, "port": 8000, "age": "1h"}
     observed = world({"gpus": ["H100 80GiB"], "launches": [running]}, desired(FILE), NOW)
     told = ModelFacts("", problem="it is gated")
-    for facts, waits_for, now in ((ModelFacts("", pending=True), TOLD, []), (told, "", ["stop chat/0"])):
+    for facts, waits_for, now in ((ModelFacts("", pending=True), TOLD, []), (told, "", ["spawn chat/0"])):
         seen = replace(observed, models={"org/m-7B": facts})
         found = make_plan(desired(AUTO), seen, NOW)
         assert check_plan(desired(AUTO), seen, found) == []
         assert [(action.kind, action.waits_for) for action in found.actions] == [
-            ("stop", waits_for),
             ("spawn", waits_for),
+            ("stop", waits_for),
         ]
         assert [f"{action.kind} {action.replica}" for action in found.actions if action.now] == now
 

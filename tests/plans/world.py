@@ -76,12 +76,13 @@ def load(path: Path) -> Case:
     now = float(data.get("now", NOW))
     wanted = desired(data["file"], environ)
     ran = desired(data.get("ran", data["file"]), data.get("ran_environ", environ))
-    observed = world(data.get("observed", {}), ran, now)
+    observed = world(data.get("observed", {}), ran, now, wanted)
     tried = frozenset(data["tried"]) if "tried" in data else None
     return Case(path, data["about"], wanted, observed, now, tried, data.get("moves", False), data.get("plan", ""))
 
 
-def world(data: Mapping[str, Any], ran: Desired, now: float) -> Observed:
+def world(data: Mapping[str, Any], ran: Desired, now: float, wanted: Desired | None = None) -> Observed:
+    """``now: true`` in a launch: it runs what the case's ``file`` says, not what its ``ran`` does."""
     unknown = data.keys() - {"gpus", "gpu_note", "launches", "ports", "models", "links", "declared", "host"}
     assert not unknown, f"observed: unknown keys {sorted(unknown)}"
     if data.get("declared"):
@@ -94,7 +95,8 @@ def world(data: Mapping[str, Any], ran: Desired, now: float) -> Observed:
     held: dict[str, list[GpuProcess]] = {}
     for number, item in enumerate(data.get("launches", [])):
         host = _host(data.get("host"))
-        launch = _launch(item, number, ran=ran, gpus=bare, models=models, now=now, host=host)
+        runs = wanted if "now" in item and wanted else ran
+        launch = _launch(item, number, ran=runs, gpus=bare, models=models, now=now, host=host)
         launches.append(launch)
         for process, uuid in _held(item, launch):
             held.setdefault(uuid, []).append(process)
@@ -180,7 +182,7 @@ def _stranger(text: str) -> GpuProcess:
 _LAUNCH_KEYS = {
     *("run", "gpu", "port", "state", "age", "ready", "stopping", "why", "exit", "ended", "failures", "restarts"),
     *("memory", "holds", "id", "pid", "bind", "without", "with", "predecessor", "inner", "host", "host_holds"),
-    *("failure", "released"),
+    *("failure", "released", "now"),
 }
 _LIFE = {"ready": Life.ALIVE, "loading": Life.ALIVE, "degraded": Life.ALIVE, "stopping": Life.ALIVE}
 

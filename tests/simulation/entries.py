@@ -29,6 +29,7 @@ def engines_yaml(entries: Iterable[Entry], guard: str = "off") -> str:
             f"    replicas: {entry.replicas}",
             f"    memory: {entry.memory_gib}GiB",
             f"    tensor_parallel_size: {entry.ranks}",
+            "    rollback: off",  # a start that fails by chance would bring the older revision back for good
             f"    args: {{max-model-len: {entry.revision}}}",
             *([f"    port: {entry.port}"] if entry.port else []),
             *(f"    {line}" for line in entry.more),

@@ -10,17 +10,21 @@ from tests.simulation.world import STATE, Launch, Violation
 
 
 def at_spawn(world: Machine, launch: Launch) -> None:
-    """No replica twice, and no start before the old one is gone: but for one that moves while it serves."""
-    entry = next((entry for entry in world.wanted if entry.name == launch.replica.rpartition("/")[0]), None)
-    moves = entry is not None and "movable: true" in entry.more
+    """No replica twice, and no start before the old one is gone: but for one that takes over from what serves."""
     for other in world.launches.values():
         if other.replica != launch.replica or other.id == launch.id:
             continue
         there = [f"{process.role} {process.pid}" for process in world.members(other.id)]
         if world.of(other.id, "shell") and not other.leader:
             there.append("its shell, which is about to start it")
-        if there and not (moves and not set(other.gpus) & set(launch.gpus) and other.port != launch.port):
+        if there and not (_predecessor(world, launch) == other.id and other.port != launch.port):
             raise Violation(f"{launch.replica} is started while {', '.join(there)} of {other.id} are there")
+
+
+def _predecessor(world: Machine, launch: Launch) -> str:
+    """The id of the launch that it is to take over from, as its record says."""
+    path = f"{STATE}/launches/{launch.id}.json"
+    return json.loads(world.disk.node(path).content)["predecessor"] if world.disk.exists(path) else ""
 
 
 def alone_while_it_loads(world: Machine, launch: Launch) -> None:
@@ -66,10 +70,11 @@ def gpus_hold(world: Machine) -> None:
 
 
 def never_twice(world: Machine) -> None:
-    """Two that serve as one replica: only while it moves."""
+    """Two that serve as one replica: only while one takes over from the other."""
     for replica, revisions in world.live().items():
-        entry = next((entry for entry in world.wanted if entry.name == replica.rpartition("/")[0]), None)
-        if len(revisions) > 1 and not (entry and "movable: true" in entry.more):
+        mine = [launch for launch in world.launches.values() if launch.replica == replica]
+        over = any(_predecessor(world, launch) in {other.id for other in mine} for launch in mine)
+        if len(revisions) > 2 or (len(revisions) == 2 and not over):
             raise Violation(f"{replica} serves {len(revisions)} times")
 
 
