@@ -373,7 +373,7 @@ def _state(row: Mapping[str, Any]) -> EngineState:
     phases = {replica["phase"] for replica in replicas}
     if not row["desired"]:
         return EngineState.STOPPING if replicas else EngineState.STOPPED
-    if "BackOff" in phases or any(replica["unplaced"] for replica in replicas):
+    if {"BackOff", "Stalled"} & set(phases) or any(replica["unplaced"] for replica in replicas):
         return EngineState.FAILED
     for phase, state in (("Pending", EngineState.PENDING), ("Starting", EngineState.STARTING)):
         if phase in phases:

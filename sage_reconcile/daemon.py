@@ -158,6 +158,15 @@ def _settled(result: Pass, tried: frozenset[str]) -> bool:
     return all(kept.launch.ready or kept.launch.ready_at is not None for kept in result.plan.kept)
 
 
+def _is_busy(result: Pass) -> bool:
+    """Whether more follows by itself: something was done, ends, or is about to take over from what still serves."""
+    taking_over = (
+        launch.predecessor and launch.holds and launch.ready_at is None and launch.stopping_since is None
+        for launch in result.observed.launches
+    )
+    return bool(result.done or result.plan.waiting) or any(taking_over)
+
+
 class Daemon:
     """Keeps the machine as the file says, until it is told to end; the engines go on running after that."""
 
@@ -241,7 +250,7 @@ class Daemon:
         self._log(result)
         document = status_document(self.content.desired, result.observed, result.plan, result.now)
         keep_since(document, self._told or self.state.read_json("status.json"), result.now)
-        self._tell({**lasting(document), "busy": bool(result.done or result.plan.waiting)})
+        self._tell({**lasting(document), "busy": _is_busy(result)})
         return result
 
     def _carried_out(self, passes: Passes) -> Pass | None:

@@ -182,7 +182,8 @@ class StateFolder:
         self._lock = descriptor
         for folder in (self.path, self.launches):
             for draft in folder.glob(f".*{DRAFT}"):
-                draft.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # in the way of nobody; the next holder tries again
+                    draft.unlink()
 
     def _lock_alone(self, descriptor: int) -> None:
         deadline = time.monotonic() + _LOOKED_AT_S

@@ -72,18 +72,22 @@ def test_what_the_plan_said_is_what_runs(box: Box) -> None:
     assert [round(gpu["memory_used_mib"] / 1024) for gpu in gpus] == [60, 20]
 
 
-def test_a_changed_argument_replaces_that_engine_only_and_keeps_its_port(box: Box) -> None:
+@pytest.mark.parametrize("surge", [0, 1])
+def test_a_changed_argument_replaces_that_engine_only(box: Box, surge: int) -> None:
+    """Stopped first it keeps its port; started beside its old process it gets another."""
     box.write(f"chat: {{{SIMULATED}}}\ncode: {{{SIMULATED}}}")
     box.run("apply", "--yes")
     before, ports = box.ready(), {name: row["port"] for name, row in box.replicas().items()}
-    box.write(f"chat: {{{SIMULATED}, args: {{max-model-len: 4096}}}}\ncode: {{{SIMULATED}}}")
+    changed = f"{SIMULATED}, max_surge: {surge}, args: {{max-model-len: 4096}}"
+    box.write(f"chat: {{{changed}}}\ncode: {{{SIMULATED}}}")
     text = box.run("diff", expect=2)
     assert "args.max-model-len: (not set) -> 4096" in text
     box.run("apply", "--yes")
     after = box.ready()
     assert after["code/0"] == before["code/0"]
     assert after["chat/0"] != before["chat/0"]
-    assert {name: row["port"] for name, row in box.replicas().items()} == ports
+    now = {name: row["port"] for name, row in box.replicas().items()}
+    assert (now["code/0"], now["chat/0"] == ports["chat/0"]) == (ports["code/0"], not surge)
     assert "4096" in Path(f"/proc/{after['chat/0']}/cmdline").read_text(encoding="utf-8").split("\0")
 
 

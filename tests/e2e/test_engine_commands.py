@@ -111,7 +111,7 @@ def test_what_fails_or_has_no_place_ends_the_waiting(box: Box) -> None:
     box.start_daemon()
     box.until("ready", box.ready)
     text = box.run("engine", "start", "x/bad-1B", "--arg", "simulate-fail=load", "--wait", expect=1)
-    assert "bad-1b/0 is BackOff" in text
+    assert "bad-1b/0 is Stalled" in text
     assert "Engine core initialization failed" in text
     document = edit(box, "start", "x/large-1B", "--memory", "75GiB", "--replicas", "2", "--wait", expect=3)
     assert [row["unplaced"] for row in document["status"]["replicas"]] == [False, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -218,14 +219,24 @@ def test_a_silent_hub_delays_nobody_else_and_nobody_for_long(box: Box, hub: Stan
     hub.speaks.clear()
     box.write(f"chat: {entry(NAME, 'auto')}\nmore: {entry('a/b', '9GiB')}", HOST)
     daemon = box.start_daemon()
+    seen: set[str] = set()
+
+    def waits() -> bool:
+        """Only the daemon that asks knows that it waits."""
+        with contextlib.suppress(FileNotFoundError):
+            told = json.loads((box.state / "status.json").read_text(encoding="utf-8"))
+            rows = [row for engine in told.get("engines", ()) for row in engine["replicas"]]
+            seen.update(row["name"] for row in rows if "what the hub tells of its model" in row["reason"])
+        return bool(seen)
+
+    box.until("chat waits", waits)
+    assert seen == {"chat/0"}
     box.until("both are ready", lambda: set(box.ready()) == {"chat/0", "more/0"})
     records = sorted(box.records(), key=lambda record: record["created_at"])
     assert [(record["engine_name"], record["memory_mib"]) for record in records] == [
         ("more", 9 * 1024),
         ("chat", GUESSED_MIB),
     ]
-    reasons = [line for line in box.daemon_log().splitlines() if "what the hub tells of its model" in line]
-    assert {json.loads(line)["replica"] for line in reasons} == {"chat/0"}
     box.write(f"more: {entry('a/b', '9GiB')}", HOST)
     box.until("chat is gone", lambda: set(box.ready()) == {"more/0"})
     daemon.send_signal(signal.SIGTERM)

@@ -189,7 +189,7 @@ def test_every_line_about_a_replica_names_its_engine(box: Box) -> None:
     box.until("ready", box.ready)
     lines: list[dict[str, Any]] = [json.loads(line) for line in box.daemon_log().splitlines()]
     about = [line for line in lines if "replica" in line]
-    assert {line["event"] for line in about} == {"spawn", "phase"}
+    assert {line["event"] for line in about} == {"spawn", "ready"}
     assert {line["engine"] for line in about} == {"chat"}
 
 

@@ -101,14 +101,8 @@ def at_end(world: Machine) -> None:
     holding = {pid for gpu in world.gpus for pid in gpu.holds}
     if gone := [pid for pid in holding if pid not in world.processes]:
         raise Violation(f"memory is held by {gone}, who are not there")
-    told = {
-        replica["name"]: replica["phase"]
-        for engine in world.status().get("engines", ())  # type: ignore[attr-defined]
-        for replica in engine["replicas"]
-        if replica["phase"] in ("Ready", "Degraded")
-    }
-    if told.keys() != world.expected().keys():
-        raise Violation(f"the status tells of {told}, and {world.expected()} serve")
+    if wrong := told(world):
+        raise Violation(wrong)
     names = world.disk.children(f"{STATE}/launches")
     records = {name.removesuffix(".json") for name in names if name.endswith(".json")}
     for name in records:
@@ -121,3 +115,16 @@ def at_end(world: Machine) -> None:
         orphans += [name for name in world.disk.children(f"{STATE}/tmp") if name not in records]
     if orphans:
         raise Violation(f"the state folder keeps {orphans}, which belong to nothing")
+
+
+def told(world: Machine) -> str:
+    """What the status gets wrong of what serves; empty where nothing."""
+    told = {
+        replica["name"]: replica["phase"]
+        for engine in world.status().get("engines", ())  # type: ignore[attr-defined]
+        for replica in engine["replicas"]
+        if replica["phase"] in ("Ready", "Degraded")
+    }
+    if told.keys() != world.expected().keys():
+        return f"the status tells of {told}, and {world.expected()} serve"
+    return ""

@@ -91,7 +91,7 @@ class Run:
         invariants.gpus_hold(world)
         invariants.never_twice(world)
         invariants.records_know_all(world)
-        wrong = "the story goes on" if world.stories_left else invariants.settled(world)
+        wrong = "the story goes on" if world.stories_left else invariants.settled(world) or invariants.told(world)
         if world.now > self.limit:
             raise Violation(f"after {self.limit_s:g}s: {wrong or 'the status is wrong'}")
         if wrong:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tests.simulation.entries import Entry, engines_yaml
 from tests.simulation.files_seam import Undisturbed
@@ -114,8 +114,8 @@ STORIES: tuple[Story, ...] = (
     ),
     Story(
         "a move, started elsewhere first",
-        (MOVABLE, Entry("tall", memory_gib=40)),
-        (_step(1.0, "edit", (MOVABLE, Entry("tall", memory_gib=40), Entry("large", memory_gib=50))),),
+        (replace(MOVABLE, more=(*MOVABLE.more, "gpus: [0]")), Entry("tall", memory_gib=40, more=("gpus: [1]",))),
+        (_step(1.0, "edit", (MOVABLE, Entry("tall", memory_gib=40), Entry("large", memory_gib=60))),),
         {},
     ),
     Story(

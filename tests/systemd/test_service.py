@@ -116,7 +116,7 @@ def test_a_reload_is_over_when_the_file_is_in_force_and_fails_where_it_is_not(ma
     assert {(line["event"], line["priority"]) for line in errors} == {("file refused", "3")}
     lines = machine.journal()
     assert {line["engine"] for line in lines if "replica" in line} == {"chat", "code"}
-    assert {"started", "file accepted", "spawn", "phase"} <= {line["event"] for line in lines}
+    assert {"started", "file accepted", "spawn", "ready"} <= {line["event"] for line in lines}
 
 
 def test_stop_leaves_the_engines_and_down_ends_them(machine: Machine) -> None:
