@@ -242,6 +242,7 @@ class Daemon:
                 self._tell({})
                 return None
             passes.host.tidy()
+            self.state.sweep()
         except SageReconcileError as error:
             self._trouble = str(error)
             self.log.error("pass failed", error=self._trouble)  # noqa: TRY400 - the message says it all

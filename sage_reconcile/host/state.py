@@ -107,6 +107,7 @@ class StateFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: int | None = None
+        self._drafts: list[Path] = []
 
     @property
     def launches(self) -> Path:
@@ -180,10 +181,18 @@ class StateFolder:
             os.close(descriptor)
             raise
         self._lock = descriptor
-        for folder in (self.path, self.launches):
-            for draft in folder.glob(f".*{DRAFT}"):
-                with contextlib.suppress(OSError):  # in the way of nobody; the next holder tries again
-                    draft.unlink()
+        self._drafts = [draft for folder in (self.path, self.launches) for draft in folder.glob(f".*{DRAFT}")]
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Removes what a killed holder left half written; what cannot be removed is tried again the next time."""
+        left = []
+        for draft in self._drafts:
+            try:
+                draft.unlink(missing_ok=True)
+            except OSError:
+                left.append(draft)
+        self._drafts = left
 
     def _lock_alone(self, descriptor: int) -> None:
         deadline = time.monotonic() + _LOOKED_AT_S
